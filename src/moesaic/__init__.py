@@ -1,0 +1,1 @@
+"""moesaic: Mixture-of-Experts for PyTorch and HF Transformers under one layer contract."""

@@ -1,0 +1,215 @@
+"""Typed configuration: pydantic models, YAML files, `a.b=c` overrides, and errors that name the field.
+
+Every configurable part of moesaic derives its config from `Config`: unknown keys are refused, values are checked when
+the object is made, and `to_dict` / `from_dict` round-trip through JSON and YAML.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from moesaic.errors import ConfigError
+
+
+class Config(BaseModel):
+    """Base of all configuration objects: immutable, keyword only, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str = "") -> Self:
+        """Validate `values`.
+
+        Args:
+            values: plain dict as read from YAML or JSON.
+            where: path put before field names in errors, e.g. `moe`.
+
+        Raises:
+            ConfigError: for the first invalid field.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise _readable(error, cls, where) from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
+        """Read a YAML file and apply `a.b=c` overrides on top.
+
+        Raises:
+            ConfigError: if the file is missing, is not a YAML mapping, or a field is invalid.
+        """
+        return cls.from_dict(apply_overrides(read_yaml(path), overrides))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able dict; `from_dict` of it gives an equal object."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The same as YAML text."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read one YAML mapping.
+
+    Raises:
+        ConfigError: if there is no such file or it does not hold a mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError("config", str(path), "is not a file", "give the path of a YAML file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            "config", str(path), f"is not valid YAML ({' '.join(str(error).split())})", "correct that line"
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigError("config", str(path), "does not hold a mapping", "write `key: value` lines at the top level")
+    return values
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return `values` with each `a.b=c` set; the right side is read as YAML (`3`, `true`, `[1, 2]`, `null`).
+
+    Raises:
+        ConfigError: if an override has no `=`, or its path runs through something that is not a mapping.
+    """
+    result = _copy(values)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError("--set", override, "has no `=`", "write it as a.b=value")
+        node: Any = result
+        *parents, last = key.strip().split(".")
+        for depth, part in enumerate(parents):
+            node = node.setdefault(part, {}) if isinstance(node, dict) else _element(node, part, override)
+            if node is None or not isinstance(node, dict | list):
+                path = ".".join(parents[: depth + 1])
+                raise ConfigError("--set", override, f"goes through {path}, which is not a mapping", "check the path")
+        value = yaml.safe_load(text)
+        if isinstance(node, list):
+            node[_index(node, last, override)] = value
+        else:
+            node[last] = value
+    return result
+
+
+def _copy(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {key: _copy(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_copy(value) for value in values]
+    return values
+
+
+def _index(node: list, part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError("--set", override, f"needs a list index where it says {part!r}", f"use 0 to {len(node) - 1}")
+    return int(part)
+
+
+def _element(node: list, part: str, override: str) -> Any:
+    return node[_index(node, part, override)]
+
+
+def _readable(error: ValidationError, model: type[BaseModel], where: str) -> ConfigError:
+    """The first problem of a pydantic error as a `ConfigError` with the field's path, its value and a remedy."""
+    # A ConfigError raised inside a validator already says everything but where it stands.
+    for detail in error.errors():
+        inner = detail.get("ctx", {}).get("error")
+        if isinstance(inner, ConfigError):
+            path = _path(where, detail["loc"], model)
+            return ConfigError(
+                ".".join(filter(None, [path, inner.field])), inner.value, inner.problem, inner.remedy
+            )
+    detail = error.errors()[0]
+    field = _path(where, detail["loc"], model) or model.__name__
+    value = detail.get("input")
+    if detail["type"] == "extra_forbidden":
+        known = _known_fields(model, detail["loc"][:-1])
+        close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return ConfigError(field, value, "is not a known key", f"{hint}known here: {', '.join(sorted(known))}")
+    if detail["type"] == "missing":
+        return ConfigError(field, None, "is required", "set it")
+    if detail["type"] in ("union_tag_invalid", "literal_error"):
+        expected = detail.get("ctx", {}).get("expected_tags") or detail.get("ctx", {}).get("expected")
+        tag = detail.get("ctx", {}).get("tag")
+        return ConfigError(
+            field if tag is None else f"{field}.type",
+            tag if tag is not None else value,
+            "is not one of the choices",
+            f"choose one of {expected}",
+        )
+    if detail["type"] == "union_tag_not_found":
+        return ConfigError(f"{field}.type", None, "is required", "set `type`, see the documentation of this section")
+    message = detail["msg"][0].lower() + detail["msg"][1:]
+    return ConfigError(field, value, "is not valid", message)
+
+
+def _path(where: str, loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
+    """Dotted path without the union tags that pydantic puts into `loc`."""
+    parts = [where] if where else []
+    node: Any = model
+    for step in loc:
+        fields = getattr(node, "model_fields", None)
+        if fields is not None and step not in fields and node is not None:
+            members = _members(node)
+            if step in members:
+                node = members[step]
+                continue
+        if fields is None and isinstance(step, str):
+            tagged = {tag: member for tag, member in _tagged(node).items()}
+            if step in tagged:
+                node = tagged[step]
+                continue
+        parts.append(str(step))
+        node = fields[step].annotation if fields is not None and step in fields else _item(node)
+    return ".".join(parts)
+
+
+def _known_fields(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    node: Any = model
+    for step in loc:
+        fields = getattr(node, "model_fields", None)
+        if fields is not None and step in fields:
+            node = fields[step].annotation
+        elif isinstance(step, str) and step in _tagged(node):
+            node = _tagged(node)[step]
+        else:
+            node = _item(node)
+    found = [member for member in _models(node)]
+    return sorted({name for member in found for name in member.model_fields})
+
+
+def _members(node: Any) -> dict[str, Any]:
+    return _tagged(node)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """All pydantic models inside an annotation (optional, union, list, annotated)."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models(part)]
+
+
+def _tagged(annotation: Any) -> dict[str, type[BaseModel]]:
+    """Models inside an annotation by the default of their `type` field: the tags of a discriminated union."""
+    result = {}
+    for model in _models(annotation):
+        if "type" in model.model_fields:
+            result[str(model.model_fields["type"].default)] = model
+    return result
+
+
+def _item(annotation: Any) -> Any:
+    models = _models(annotation)
+    return models[0] if len(models) == 1 else annotation
