@@ -126,72 +126,50 @@ def _readable(error: ValidationError, model: type[BaseModel], where: str) -> Con
     for detail in error.errors():
         inner = detail.get("ctx", {}).get("error")
         if isinstance(inner, ConfigError):
-            path = _path(where, detail["loc"], model)
-            return ConfigError(
-                ".".join(filter(None, [path, inner.field])), inner.value, inner.problem, inner.remedy
-            )
+            field = ".".join(filter(None, [where, *_walk(model, detail["loc"])[0], inner.field]))
+            return ConfigError(field, inner.value, inner.problem, inner.remedy)
     detail = error.errors()[0]
-    field = _path(where, detail["loc"], model) or model.__name__
-    value = detail.get("input")
-    if detail["type"] == "extra_forbidden":
-        known = _known_fields(model, detail["loc"][:-1])
-        close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        return ConfigError(field, value, "is not a known key", f"{hint}known here: {', '.join(sorted(known))}")
-    if detail["type"] == "missing":
-        return ConfigError(field, None, "is required", "set it")
-    if detail["type"] in ("union_tag_invalid", "literal_error"):
-        expected = detail.get("ctx", {}).get("expected_tags") or detail.get("ctx", {}).get("expected")
-        tag = detail.get("ctx", {}).get("tag")
-        return ConfigError(
-            field if tag is None else f"{field}.type",
-            tag if tag is not None else value,
-            "is not one of the choices",
-            f"choose one of {expected}",
-        )
-    if detail["type"] == "union_tag_not_found":
-        return ConfigError(f"{field}.type", None, "is required", "set `type`, see the documentation of this section")
+    context, value = detail.get("ctx", {}), detail.get("input")
+    steps, _ = _walk(model, detail["loc"])
+    field = ".".join(filter(None, [where, *steps])) or model.__name__
+    match detail["type"]:
+        case "extra_forbidden":
+            _, parent = _walk(model, detail["loc"][:-1])
+            known = sorted({name for found in _models(parent) for name in found.model_fields})
+            close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            return ConfigError(field, value, "is not a known key", f"{hint}known here: {', '.join(known)}")
+        case "missing":
+            return ConfigError(field, None, "is required", "set it")
+        case "union_tag_invalid":
+            tags = context["expected_tags"]
+            return ConfigError(f"{field}.type", context["tag"], "is not one of the choices", f"choose one of {tags}")
+        case "union_tag_not_found":
+            return ConfigError(
+                f"{field}.type", None, "is required", "set it to choose one of the kinds of this section"
+            )
+        case "literal_error":
+            return ConfigError(field, value, "is not one of the choices", f"choose one of {context['expected']}")
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return ConfigError(field, value, "is not valid", message)
 
 
-def _path(where: str, loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
-    """Dotted path without the union tags that pydantic puts into `loc`."""
-    parts = [where] if where else []
-    node: Any = model
+def _walk(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], Any]:
+    """Follow a pydantic location: its steps without union tags, and the annotation it ends at."""
+    steps, node = [], model
     for step in loc:
-        fields = getattr(node, "model_fields", None)
-        if fields is not None and step not in fields and node is not None:
-            members = _members(node)
-            if step in members:
-                node = members[step]
-                continue
-        if fields is None and isinstance(step, str):
-            tagged = {tag: member for tag, member in _tagged(node).items()}
-            if step in tagged:
-                node = tagged[step]
-                continue
-        parts.append(str(step))
-        node = fields[step].annotation if fields is not None and step in fields else _item(node)
-    return ".".join(parts)
+        found = {str(member.model_fields["type"].default): member for member in _models(node) if _is_tagged(member)}
+        if step in found and len(found) > 1:
+            node = found[str(step)]
+            continue
+        steps.append(str(step))
+        fields = {name: info.annotation for member in _models(node) for name, info in member.model_fields.items()}
+        node = fields.get(str(step), node)
+    return steps, node
 
 
-def _known_fields(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    node: Any = model
-    for step in loc:
-        fields = getattr(node, "model_fields", None)
-        if fields is not None and step in fields:
-            node = fields[step].annotation
-        elif isinstance(step, str) and step in _tagged(node):
-            node = _tagged(node)[step]
-        else:
-            node = _item(node)
-    found = [member for member in _models(node)]
-    return sorted({name for member in found for name in member.model_fields})
-
-
-def _members(node: Any) -> dict[str, Any]:
-    return _tagged(node)
+def _is_tagged(model: type[BaseModel]) -> bool:
+    return "type" in model.model_fields
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
@@ -199,17 +177,3 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in getattr(annotation, "__args__", ()) for model in _models(part)]
-
-
-def _tagged(annotation: Any) -> dict[str, type[BaseModel]]:
-    """Models inside an annotation by the default of their `type` field: the tags of a discriminated union."""
-    result = {}
-    for model in _models(annotation):
-        if "type" in model.model_fields:
-            result[str(model.model_fields["type"].default)] = model
-    return result
-
-
-def _item(annotation: Any) -> Any:
-    models = _models(annotation)
-    return models[0] if len(models) == 1 else annotation

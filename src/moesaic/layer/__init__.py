@@ -1,0 +1,44 @@
+"""What an MoE layer is: record, routers, experts, kernels, balance. Pure torch.
+
+Tensor names end in their shape: T tokens (batch times sequence), B sequences, D hidden size, N experts, K picks of a
+token, S = T*K rows sent to experts, F hidden size of an expert, H = 2F for gated experts and F for others, G groups of
+experts and E experts in a group, I and O input and output width of a projection.
+
+    x_TD -> router -> Routing -> order -> rows_SD -> experts -> restore -> y_TD (+ shared_experts(x_TD))
+"""
+
+from __future__ import annotations
+
+from moesaic.layer.balance import BalanceLoss, LoadBalancing, ZLoss, expert_load, max_violation, routing_entropy
+from moesaic.layer.block import MoEBlock
+from moesaic.layer.experts import Experts, ExpertsConfig
+from moesaic.layer.order import Order, order, restore
+from moesaic.layer.record import Routing, RoutingContext
+from moesaic.layer.routers import Router, RouterConfig, TopKConfig, TopKRouter
+from moesaic.layer.shared_experts import SharedExperts, SharedExpertsConfig
+from moesaic.layer.spec import LayerPlacement, MoESpec
+
+__all__ = [
+    "BalanceLoss",
+    "Experts",
+    "ExpertsConfig",
+    "LayerPlacement",
+    "LoadBalancing",
+    "MoEBlock",
+    "MoESpec",
+    "Order",
+    "Router",
+    "RouterConfig",
+    "Routing",
+    "RoutingContext",
+    "SharedExperts",
+    "SharedExpertsConfig",
+    "TopKConfig",
+    "TopKRouter",
+    "ZLoss",
+    "expert_load",
+    "max_violation",
+    "order",
+    "restore",
+    "routing_entropy",
+]

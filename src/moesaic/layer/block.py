@@ -1,0 +1,62 @@
+"""The MoE block: tensor in, tensor out, in the place of a decoder layer's feed-forward network."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.layer.experts import ActivationName, Experts
+from moesaic.layer.record import RoutingContext
+from moesaic.layer.routers import Router
+from moesaic.layer.shared_experts import SharedExperts
+from moesaic.layer.spec import MoESpec
+
+
+class MoEBlock(nn.Module):
+    """y = sum over picks of weight * expert(x) + shared(x).
+
+    Children are named as in transformers, PEFT and vLLM: `gate` (the router), `experts`, `shared_experts`, and
+    `shared_expert_gate` where the shared experts are scaled by a sigmoid.
+
+    Args:
+        spec: what to build.
+        hidden_size: D.
+        layer: index of the decoder layer, under which the routing is recorded.
+        experts: experts module to use instead of `Experts` (adapters and compressed experts come in here).
+    """
+
+    def __init__(self, spec: MoESpec, hidden_size: int, layer: int = 0, experts: nn.Module | None = None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.gate: Router = spec.router.build(hidden_size, spec.experts.num_experts)
+        self.experts = experts if experts is not None else Experts(spec.experts, hidden_size)
+        self.shared_experts = self.shared_expert_gate = None
+        if spec.shared_experts is not None:
+            self.shared_experts = SharedExperts(
+                hidden_size,
+                spec.shared_width,
+                activation=cast(ActivationName, spec.experts.activation),
+                gated=spec.experts.gated,
+                bias=spec.experts.bias,
+            )
+            if spec.shared_experts.sigmoid_gate:
+                self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False)
+        self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
+
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
+        """Apply the block to (..., D); the routing is committed to `context` if there is one."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        routing = self.gate(x_TD, context)
+        if context is not None:
+            context.commit(self.layer, routing)
+        y_TD = self.experts(x_TD, routing.index_TK, routing.weight_TK)
+        if self.shared_experts is not None:
+            shared_TD = self.shared_experts(x_TD)
+            if self.shared_expert_gate is not None:
+                shared_TD = torch.sigmoid(self.shared_expert_gate(x_TD)) * shared_TD
+            y_TD = y_TD + shared_TD
+        if self.dropout is not None:
+            y_TD = self.dropout(y_TD)
+        return y_TD.view(x.shape)

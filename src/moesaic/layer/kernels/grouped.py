@@ -1,0 +1,93 @@
+"""Sort once, run each expert on its contiguous rows, restore once.
+
+The grouped product is a torch custom op, so `torch.compile(fullgraph=True)` sees no data-dependent shape, and its
+backward writes every expert's gradient into one packed tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moesaic.layer.kernels.weights import ExpertWeights
+from moesaic.layer.order import order, restore
+
+
+def run(weights: ExpertWeights, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """The same function as the `loop` kernel, within rounding."""
+    output_dtype = x_TD.dtype
+    if torch.is_autocast_enabled(x_TD.device.type):
+        x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
+    by_expert = order(index_TK, weights.num_experts)
+    rows_SD = x_TD[by_expert.token_S]
+    up_SH = _project(rows_SD, weights.up_NHD, weights.up_bias_NH, by_expert.counts_N)
+    down_SD = _project(weights.activate(up_SH), weights.down_NDF, weights.down_bias_ND, by_expert.counts_N)
+    return restore(down_SD, by_expert, weight_TK).to(output_dtype)
+
+
+def _project(rows_SI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None, counts_N: Tensor) -> Tensor:
+    out_SO = torch.ops.moesaic.grouped_linear(rows_SI, weight_NOI.to(rows_SI.dtype), counts_N)
+    if bias_NO is None:
+        return out_SO
+    # Rows of no expert get a zero bias from the extra row, so that they stay zero.
+    padded = torch.cat([bias_NO, bias_NO.new_zeros(1, bias_NO.shape[1])]).to(rows_SI.dtype)
+    ends_N = counts_N.cumsum(0)
+    expert_S = torch.searchsorted(ends_N, torch.arange(rows_SI.shape[0], device=ends_N.device), right=True)
+    return out_SO + padded[expert_S]
+
+
+def _segments(counts_N: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(expert, first row, one past the last row) of every expert that has rows."""
+    start = 0
+    for expert, count in enumerate(counts_N.tolist()):
+        if count:
+            yield expert, start, start + count
+            start += count
+
+
+@torch.library.custom_op("moesaic::grouped_linear", mutates_args=())
+def grouped_linear(rows_SI: Tensor, weight_NOI: Tensor, counts_N: Tensor) -> Tensor:
+    """rows @ weight[e].T for each expert's contiguous rows; rows past the counts' sum give zero. Returns (S, O)."""
+    out_SO = rows_SI.new_zeros(rows_SI.shape[0], weight_NOI.shape[1])
+    for expert, start, end in _segments(counts_N):
+        torch.mm(rows_SI[start:end], weight_NOI[expert].t(), out=out_SO[start:end])
+    return out_SO
+
+
+@torch.library.custom_op("moesaic::grouped_outer", mutates_args=())
+def grouped_outer(left_SO: Tensor, right_SI: Tensor, counts_N: Tensor) -> Tensor:
+    """left.T @ right over each expert's rows: the weight gradient of `grouped_linear`. Returns (N, O, I)."""
+    out_NOI = left_SO.new_zeros(counts_N.numel(), left_SO.shape[1], right_SI.shape[1])
+    for expert, start, end in _segments(counts_N):
+        torch.mm(left_SO[start:end].t(), right_SI[start:end], out=out_NOI[expert])
+    return out_NOI
+
+
+@grouped_linear.register_fake
+def _(rows_SI: Tensor, weight_NOI: Tensor, counts_N: Tensor) -> Tensor:
+    return rows_SI.new_empty(rows_SI.shape[0], weight_NOI.shape[1])
+
+
+@grouped_outer.register_fake
+def _(left_SO: Tensor, right_SI: Tensor, counts_N: Tensor) -> Tensor:
+    return left_SO.new_empty(counts_N.numel(), left_SO.shape[1], right_SI.shape[1])
+
+
+def _setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad_SO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    rows_SI, weight_NOI, counts_N = ctx.saved_tensors
+    grad_SO = grad_SO.contiguous()
+    rows_grad = weight_grad = None
+    if ctx.needs_input_grad[0]:
+        rows_grad = torch.ops.moesaic.grouped_linear(grad_SO, weight_NOI.transpose(1, 2), counts_N)
+    if ctx.needs_input_grad[1]:
+        weight_grad = torch.ops.moesaic.grouped_outer(grad_SO, rows_SI, counts_N)
+    return rows_grad, weight_grad, None
+
+
+grouped_linear.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,52 @@
+"""The one view of expert weights that kernels compute on, whatever layout the module stores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Packed weights of N experts, each (out, in) like `F.linear`, and what happens between the two projections.
+
+    Attributes:
+        up_NHD: first projection; H is 2F for gated experts and F for others.
+        down_NDF: second projection.
+        activate: maps the first projection's rows (S, H) to (S, F).
+        up_bias_NH: bias of the first projection, or None.
+        down_bias_ND: bias of the second projection, or None.
+    """
+
+    up_NHD: Tensor
+    down_NDF: Tensor
+    activate: Callable[[Tensor], Tensor]
+    up_bias_NH: Tensor | None = None
+    down_bias_ND: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """N."""
+        return self.up_NHD.shape[0]
+
+    @classmethod
+    def of(cls, module: Any) -> ExpertWeights:
+        """View the parameters of an experts module that follows transformers' conventions.
+
+        Read are the flags `has_gate`, `has_bias`, `is_transposed` (weights stored (in, out)), the parameters
+        `gate_up_proj` or `up_proj`, `down_proj`, their `_bias`, and `_apply_gate` or `act_fn`. No weight is copied.
+        """
+        name = "gate_up_proj" if module.has_gate else "up_proj"
+        up, down = getattr(module, name), module.down_proj
+        if module.is_transposed:
+            up, down = up.transpose(1, 2), down.transpose(1, 2)
+        return cls(
+            up_NHD=up,
+            down_NDF=down,
+            activate=module._apply_gate if module.has_gate else module.act_fn,
+            up_bias_NH=getattr(module, f"{name}_bias") if module.has_bias else None,
+            down_bias_ND=module.down_proj_bias if module.has_bias else None,
+        )

@@ -1,0 +1,11 @@
+"""Routers, one mechanism a file. To add one: its file, its config in `RouterConfig`, a row in the test matrix and docs."""
+
+from __future__ import annotations
+
+from moesaic.layer.routers.base import Router
+from moesaic.layer.routers.top_k import TopKConfig, TopKRouter
+
+# The registry: a union discriminated by `type`. With a second router it becomes `Annotated[A | B, Field(discriminator="type")]`.
+RouterConfig = TopKConfig
+
+__all__ = ["Router", "RouterConfig", "TopKConfig", "TopKRouter"]

@@ -1,0 +1,54 @@
+"""Score functions, group limits and top-k with a tie rule: the pure functions that token-choice routers share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
+GroupScore = Literal["max", "top2_sum"]
+
+
+def score(logits_TN: Tensor, function: ScoreFunction) -> Tensor:
+    """Scores of all experts; softmax rows sum to 1, the others are independent for each expert."""
+    match function:
+        case "softmax":
+            return logits_TN.softmax(-1)
+        case "sigmoid":
+            return logits_TN.sigmoid()
+        case "sqrt_softplus":
+            return F.softplus(logits_TN).sqrt()
+
+
+def limit_to_groups(
+    scores_TN: Tensor, num_groups: int, top_k_groups: int, group_score: GroupScore, mask_value: float
+) -> Tensor:
+    """Mask all experts outside each token's best groups.
+
+    Experts are grouped in index order. A group's score is its best expert ("max", DeepSeek-V2 report section 2.2.2) or
+    the sum of its two best ("top2_sum", DeepSeek-V3 report section 2.1.2). Ties go to the lower group.
+
+    Args:
+        scores_TN: scores that the selection will compare.
+        mask_value: what masked experts get. Only `-inf` keeps them out when allowed scores can be negative.
+    """
+    groups_TGE = scores_TN.unflatten(-1, (num_groups, -1))
+    best = 1 if group_score == "max" else 2
+    group_scores_TG = groups_TGE.topk(best, dim=-1).values.sum(-1)
+    keep_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool)
+    keep_TG = keep_TG.scatter(-1, top_k(group_scores_TG, top_k_groups, stable=True), True)
+    return groups_TGE.masked_fill(~keep_TG.unsqueeze(-1), mask_value).flatten(-2)
+
+
+def top_k(scores_TN: Tensor, k: int, *, stable: bool) -> Tensor:
+    """Indices of the k largest scores of each row, best first.
+
+    Args:
+        stable: ties go to the lower index on every device. Otherwise torch.topk decides, which is faster for large N.
+    """
+    if stable:
+        return scores_TN.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
+    return scores_TN.topk(k, dim=-1).indices

@@ -1,0 +1,188 @@
+"""Token-choice top-k routing, with every choice in which published families differ as a named field."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from moesaic.configuration import Config
+from moesaic.errors import ConfigError
+from moesaic.layer.record import Routing, RoutingContext
+from moesaic.layer.routers.base import Router
+from moesaic.layer.routers.scores import GroupScore, ScoreFunction, limit_to_groups, score, top_k
+
+
+class TopKConfig(Config):
+    """Fields of token-choice top-k routing.
+
+    The defaults are DeepSeekMoE's (arXiv 2401.06066, eq. 9-11): softmax over all experts, no renormalisation.
+
+    Attributes:
+        top_k: experts for each token (K).
+        score_function: how logits become scores.
+        softmax_over: "all" experts before selection, or the "selected" logits after it (gpt-oss, Granite). "selected"
+            equals "all" with `normalize_top_k`, in values and gradients.
+        normalize_top_k: divide the K weights by their sum.
+        normalization_epsilon: added to that sum (1e-20 in DeepSeek-V3).
+        scaling_factor: multiplies the weights last (2.5 in DeepSeek-V3).
+        selection_bias: add a per-expert bias, which no gradient reaches, to the scores for selection only
+            (`e_score_correction_bias`; arXiv 2408.15664).
+        linear_bias: give the logits' linear map a learned bias (gpt-oss).
+        num_groups: experts stand in this many equal groups; None for no group limit.
+        top_k_groups: groups that a token may use.
+        group_score: a group's score is the "max" of its experts (DeepSeek-V2) or the "top2_sum" (DeepSeek-V3).
+        group_mask_value: what experts outside those groups compare with: "-inf", or "zero" as in older
+            implementations, where a masked expert beats an allowed one whose biased score is negative.
+        stable_ties: equal scores go to the lower index; otherwise the device decides.
+    """
+
+    type: Literal["top_k"] = "top_k"
+    top_k: PositiveInt
+    score_function: ScoreFunction = "softmax"
+    softmax_over: Literal["all", "selected"] = "all"
+    normalize_top_k: bool = False
+    normalization_epsilon: float = Field(default=0.0, ge=0)
+    scaling_factor: float = 1.0
+    selection_bias: bool = False
+    linear_bias: bool = False
+    num_groups: PositiveInt | None = None
+    top_k_groups: PositiveInt | None = None
+    group_score: GroupScore = "max"
+    group_mask_value: Literal["-inf", "zero"] = "-inf"
+    stable_ties: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TopKConfig:
+        if self.softmax_over == "selected" and self.score_function != "softmax":
+            raise ConfigError(
+                "softmax_over", "selected", f"needs softmax scores, not {self.score_function}", "leave it at `all`"
+            )
+        if (self.num_groups is None) != (self.top_k_groups is None):
+            raise ConfigError(
+                "top_k_groups" if self.top_k_groups is None else "num_groups",
+                None,
+                "is missing: num_groups and top_k_groups go together",
+                "set both or neither",
+            )
+        if self.num_groups is not None and self.top_k_groups is not None and self.top_k_groups > self.num_groups:
+            raise ConfigError(
+                "top_k_groups", self.top_k_groups, "is larger than num_groups", f"choose 1 to {self.num_groups}"
+            )
+        return self
+
+    def check(self, num_experts: int) -> None:
+        """Check against the number of experts.
+
+        Raises:
+            ConfigError: if the picks or groups do not fit N experts.
+        """
+        if self.top_k > num_experts:
+            raise ConfigError(
+                "top_k", self.top_k, f"is larger than num_experts ({num_experts})", f"choose 1 to {num_experts}"
+            )
+        if self.num_groups is None or self.top_k_groups is None:
+            return
+        if num_experts % self.num_groups:
+            divisors = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
+            raise ConfigError(
+                "num_groups", self.num_groups, f"does not divide num_experts ({num_experts})", f"choose from {divisors}"
+            )
+        group_size = num_experts // self.num_groups
+        if self.group_score == "top2_sum" and group_size < 2:
+            raise ConfigError(
+                "num_groups", self.num_groups, "leaves one expert a group, too few for top2_sum", "use group_score: max"
+            )
+        if self.top_k_groups * group_size < self.top_k:
+            raise ConfigError(
+                "top_k_groups",
+                self.top_k_groups,
+                f"groups of {group_size} hold fewer than top_k ({self.top_k}) experts",
+                f"choose {math.ceil(self.top_k / group_size)} to {self.num_groups}",
+            )
+
+    def build(self, hidden_size: int, num_experts: int) -> TopKRouter:
+        """The router module for inputs of width `hidden_size`."""
+        self.check(num_experts)
+        return TopKRouter(self, hidden_size, num_experts)
+
+
+class TopKRouter(Router):
+    """Linear logits, a score function, and the K best experts of each token.
+
+    Parameters are named as in transformers: `weight` (N, D), `bias` (N,), and the buffer `e_score_correction_bias`
+    (N,), which stays float32 when the module is cast.
+    """
+
+    e_score_correction_bias: Tensor | None
+
+    def __init__(self, config: TopKConfig, hidden_size: int, num_experts: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_experts = num_experts
+        self.top_k = config.top_k
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_experts)) if config.linear_bias else None
+        correction = torch.zeros(num_experts, dtype=torch.float32) if config.selection_bias else None
+        self.register_buffer("e_score_correction_bias", correction)
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Normal weights of the given standard deviation, zero biases."""
+        nn.init.normal_(self.weight, std=std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if self.e_score_correction_bias is not None:
+            nn.init.zeros_(self.e_score_correction_bias)
+
+    def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
+        config = self.config
+        logits_TN = self._logits(x_TD)
+        scores_TN = score(logits_TN, config.score_function)
+        selection_TN = scores_TN.detach()
+        if self.e_score_correction_bias is not None:
+            selection_TN = selection_TN + self.e_score_correction_bias
+        if config.num_groups is not None and config.top_k_groups is not None:
+            mask_value = float("-inf") if config.group_mask_value == "-inf" else 0.0
+            selection_TN = limit_to_groups(
+                selection_TN, config.num_groups, config.top_k_groups, config.group_score, mask_value
+            )
+        index_TK = top_k(selection_TN, config.top_k, stable=config.stable_ties)
+        if config.softmax_over == "selected":
+            weight_TK = logits_TN.gather(-1, index_TK).softmax(-1)
+        else:
+            weight_TK = scores_TN.gather(-1, index_TK)
+        if config.normalize_top_k:
+            weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + config.normalization_epsilon)
+        if config.scaling_factor != 1.0:
+            weight_TK = weight_TK * config.scaling_factor
+        return Routing(
+            index_TK=index_TK,
+            weight_TK=weight_TK,
+            logits_TN=logits_TN,
+            scores_TN=scores_TN,
+            selection_TN=selection_TN,
+        )
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        precision = self.precision(x_TD)
+        bias = None if self.bias is None else self.bias.to(precision)
+        # Autocast would run this product in bfloat16, where scores of many experts tie.
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return F.linear(x_TD.to(precision), self.weight.to(precision), bias)
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[override]
+        """Moves to another device reach the selection bias, casts do not: rounded to bfloat16 it would change picks."""
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        after = self.e_score_correction_bias
+        if before is not None and after is not None and after.dtype != before.dtype:
+            self.e_score_correction_bias = before.to(after.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, top_k={self.top_k}, score_function={self.config.score_function}"
