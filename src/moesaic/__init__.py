@@ -1,1 +1,15 @@
-"""moesaic: Mixture-of-Experts for PyTorch and HF Transformers under one layer contract."""
+"""moesaic: Mixture-of-Experts for PyTorch and HF Transformers under one layer contract.
+
+Importing it registers the model type "moesaic" with the Auto classes, and the expert kernels under
+`experts_implementation="moesaic"` for every MoE family of transformers.
+"""
+
+from __future__ import annotations
+
+from moesaic.hf import MoeCausalLMOutput, MoesaicConfig, MoesaicForCausalLM, MoesaicModel, build
+from moesaic.layer import MoESpec
+from moesaic.transform import upcycle
+
+__version__ = "0.1.0"
+
+__all__ = ["MoESpec", "MoeCausalLMOutput", "MoesaicConfig", "MoesaicForCausalLM", "MoesaicModel", "build", "upcycle"]

@@ -59,4 +59,6 @@ class MoEBlock(nn.Module):
             y_TD = y_TD + shared_TD
         if self.dropout is not None:
             y_TD = self.dropout(y_TD)
+        if context is not None and context.objective is not None and routing.logits_TN.requires_grad:
+            y_TD = context.objective.attach(y_TD, routing, context)
         return y_TD.view(x.shape)

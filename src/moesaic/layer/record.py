@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from moesaic.layer.balance.objective import BalanceObjective
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class RoutingContext:
         position_T: position of each token in its sequence, if known.
         mask_T: True for real tokens, False for padding; None when there is no padding.
         records: routing by layer index, in the order in which layers ran.
+        objective: set when layers must add their balance gradient while they are recomputed.
     """
 
     batch_size: int = 1
@@ -61,6 +66,7 @@ class RoutingContext:
     position_T: Tensor | None = None
     mask_T: Tensor | None = None
     records: dict[int, Routing] = field(default_factory=dict)
+    objective: BalanceObjective | None = None
 
     def commit(self, layer: int, routing: Routing) -> None:
         """Keep the routing of `layer`. The first one stands: recomputation under checkpointing must not replace it."""

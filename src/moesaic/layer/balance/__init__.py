@@ -8,10 +8,20 @@ from pydantic import Field
 
 from moesaic.layer.balance.base import BalanceLoss
 from moesaic.layer.balance.load_balancing import LoadBalancing
+from moesaic.layer.balance.objective import BalanceObjective
 from moesaic.layer.balance.statistics import expert_load, max_violation, routing_entropy
 from moesaic.layer.balance.z_loss import ZLoss
 
 # The registry: a union discriminated by `type`.
 BalanceConfig = Annotated[LoadBalancing | ZLoss, Field(discriminator="type")]
 
-__all__ = ["BalanceConfig", "BalanceLoss", "LoadBalancing", "ZLoss", "expert_load", "max_violation", "routing_entropy"]
+__all__ = [
+    "BalanceConfig",
+    "BalanceLoss",
+    "BalanceObjective",
+    "LoadBalancing",
+    "ZLoss",
+    "expert_load",
+    "max_violation",
+    "routing_entropy",
+]

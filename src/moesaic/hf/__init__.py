@@ -1,0 +1,32 @@
+"""The only place that touches transformers: config and model classes, surgery, families, conversion.
+
+Importing it registers the model type "moesaic" with the Auto classes and the experts implementation "moesaic" with
+every MoE family of transformers.
+"""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from moesaic.hf import checkpoint, experts
+from moesaic.hf.build import build, read_backbone
+from moesaic.hf.configuration import MoesaicConfig
+from moesaic.hf.model import MoesaicForCausalLM, MoesaicModel, MoesaicPreTrainedModel
+from moesaic.hf.output import MoeCausalLMOutput, MoeModelOutput
+
+AutoConfig.register(MoesaicConfig.model_type, MoesaicConfig, exist_ok=True)
+AutoModel.register(MoesaicConfig, MoesaicModel, exist_ok=True)
+AutoModelForCausalLM.register(MoesaicConfig, MoesaicForCausalLM, exist_ok=True)
+checkpoint.register()
+experts.register()
+
+__all__ = [
+    "MoeCausalLMOutput",
+    "MoeModelOutput",
+    "MoesaicConfig",
+    "MoesaicForCausalLM",
+    "MoesaicModel",
+    "MoesaicPreTrainedModel",
+    "build",
+    "read_backbone",
+]

@@ -1,0 +1,113 @@
+"""Surgery: a stock decoder whose feed-forward networks are MoE blocks, and the routing context's way to them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from moesaic.hf.compat import backbone_class, initialization, on_meta_device
+from moesaic.hf.experts import MoesaicExperts
+from moesaic.hf.families import Family, family_of
+from moesaic.layer import Experts, MoEBlock, MoESpec, Router, RoutingContext
+
+# Keyword under which the context travels from the model's forward to each attention module.
+CONTEXT = "routing_context"
+
+
+class BackboneMoEBlock(MoEBlock):
+    """An `MoEBlock` that stock decoder layers can call: they pass hidden states and nothing else.
+
+    The routing context reaches it through the attention module of the same layer, which every layer calls first with
+    all extra keywords of the model's forward. So it is right when layers are recomputed under checkpointing, and when
+    several forward passes are open at once.
+    """
+
+    def __init__(self, spec: MoESpec, hidden_size: int, layer: int, experts: nn.Module, returns_tuple: bool) -> None:
+        super().__init__(spec, hidden_size, layer, experts)
+        self.returns_tuple = returns_tuple
+        self.context: RoutingContext | None = None
+
+    def receive_context(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        """Forward pre-hook of the layer's attention: keep the context and take it out of the keywords."""
+        self.context = kwargs.pop(CONTEXT, None)
+        return args, kwargs
+
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Any:
+        y = super().forward(x, context or self.context)
+        self.context = None
+        return (y, None) if self.returns_tuple else y
+
+
+class _BackboneMixin:
+    """What a stock base model needs to initialise our modules inside it."""
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if not isinstance(module, Experts | Router):
+            super()._init_weights(module)  # type: ignore[misc]
+            return
+        std = getattr(cast(PreTrainedModel, self).config, "initializer_range", 0.02)
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if name.endswith("bias"):
+                initialization.zeros_(tensor)
+            else:
+                initialization.normal_(tensor, mean=0.0, std=std)
+
+
+@functools.cache
+def _class_with_experts(stock: type[PreTrainedModel], gated: bool) -> type[PreTrainedModel]:
+    """The stock base model class extended by the mixin; its name selects the checkpoint names of its experts."""
+    name = "GatedExpertsBackbone" if gated else "PlainExpertsBackbone"
+    return type(name, (_BackboneMixin, stock), {"__module__": __name__, "config_class": stock.config_class})
+
+
+def build_backbone(config: PreTrainedConfig, owner: PreTrainedConfig, spec: MoESpec) -> PreTrainedModel:
+    """The stock base model of `config` with MoE blocks where `spec` places them.
+
+    Weights are uninitialised: the model that owns it initialises all of them in its `post_init`, or loads them.
+
+    Args:
+        config: config of the stock family.
+        owner: config that carries the experts implementation switch.
+        spec: what to place.
+
+    Raises:
+        UnsupportedModel: if the family can't be a backbone.
+        ConfigError: if the spec does not fit it.
+    """
+    family = family_of(config)
+    target = torch.get_default_device()
+    # The stock feed-forward networks are built without storage, then replaced.
+    with torch.device("meta"):
+        backbone = _class_with_experts(backbone_class(config), spec.experts.gated)(config)
+        layers = getattr(backbone, family.layers)
+        for index in spec.layers.indices(len(layers)):
+            _place(layers[index], index, family, config, owner, spec)
+    if not on_meta_device():
+        backbone.to_empty(device=target)
+    return backbone
+
+
+def _place(
+    layer: nn.Module, index: int, family: Family, config: PreTrainedConfig, owner: PreTrainedConfig, spec: MoESpec
+) -> None:
+    experts = MoesaicExperts(owner, spec.experts, config.hidden_size)
+    block = BackboneMoEBlock(spec, config.hidden_size, index, experts, family.returns_tuple)
+    setattr(layer, family.feed_forward, block)
+    attention = cast(nn.Module, getattr(layer, family.attention))
+    attention.register_forward_pre_hook(block.receive_context, with_kwargs=True)
+
+
+def moe_blocks(backbone: PreTrainedModel) -> dict[int, MoEBlock]:
+    """The MoE blocks of a backbone by layer index."""
+    layers = getattr(backbone, family_of(backbone.config).layers)
+    found = {}
+    for index, layer in enumerate(layers):
+        block = getattr(layer, family_of(backbone.config).feed_forward)
+        if isinstance(block, MoEBlock):
+            found[index] = block
+    return found

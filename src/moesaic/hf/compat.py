@@ -1,0 +1,62 @@
+"""Every contact with transformers' private or moving names, so that a version bump is one diff.
+
+tests/hf/test_compat.py holds the canaries: they fail with a readable message when one of these names changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, initialization
+from transformers.configuration_utils import SubConfigSpec
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+)
+from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
+
+__all__ = [
+    "Concatenate",
+    "MergeModulelist",
+    "SubConfigSpec",
+    "WeightConverter",
+    "WeightRenaming",
+    "backbone_class",
+    "experts_implementation",
+    "initialization",
+    "register_conversion",
+    "register_experts_function",
+    "use_experts_implementation",
+]
+
+
+def register_experts_function(name: str, function: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> None:
+    """Make `name` a legal `experts_implementation` for every model of transformers."""
+    ExpertsInterface.register(name, function)
+
+
+def register_conversion(name: str, mapping: list[WeightConverter | WeightRenaming]) -> None:
+    """Register how checkpoints of a model type or class name map to parameters."""
+    register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+
+
+def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The base model class (without head) of a config."""
+    found = AutoModel._model_mapping[type(config)]
+    return found[0] if isinstance(found, tuple | list) else found
+
+
+def experts_implementation(config: PreTrainedConfig) -> str | None:
+    """The experts implementation a config asks for; None when it does not say."""
+    return config._experts_implementation
+
+
+def on_meta_device() -> bool:
+    """Whether modules made now are made without storage, as `from_pretrained` does."""
+    return torch.get_default_device() == torch.device("meta")

@@ -1,0 +1,289 @@
+"""The model classes: `MoesaicModel` (decoder) and `MoesaicForCausalLM` (with language-model head)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers.utils import can_return_tuple
+
+from moesaic.hf.backbone import CONTEXT, build_backbone, moe_blocks
+from moesaic.hf.configuration import MoesaicConfig
+from moesaic.hf.experts import IMPLEMENTATION
+from moesaic.hf.families import family_of
+from moesaic.hf.output import MoeCausalLMOutput, MoeModelOutput
+from moesaic.layer import MoEBlock, RoutingContext
+from moesaic.layer.balance import BalanceObjective
+
+RoutingListener = Callable[[RoutingContext], None]
+
+
+class MoesaicPreTrainedModel(PreTrainedModel):
+    """Loading, saving and capabilities shared by moesaic models; the backbone checks its own attention backends."""
+
+    config: MoesaicConfig
+    config_class = MoesaicConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ("past_key_values",)
+    _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Our own kernels unless something else is asked for."""
+        return super().get_correct_experts_implementation(requested_experts or IMPLEMENTATION)
+
+
+class MoesaicModel(MoesaicPreTrainedModel):
+    """A stock decoder with MoE blocks, without head.
+
+    The child `backbone` is an instance of the stock family's base model: its own attention, norms, masks and caches
+    run unchanged.
+
+    Args:
+        config: backbone and `moe` section.
+
+    Raises:
+        UnsupportedModel: if the backbone's family is not supported.
+        ConfigError: if the `moe` section is invalid or does not fit the backbone.
+    """
+
+    def __init__(self, config: MoesaicConfig) -> None:
+        super().__init__(config)
+        self.backbone = build_backbone(config.get_text_config(), config, config.spec)
+        self.gradient_checkpointing = False
+        self._listeners: dict[int, RoutingListener] = {}
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def moe_blocks(self) -> dict[int, MoEBlock]:
+        """The MoE blocks by decoder layer index."""
+        return moe_blocks(self.backbone)
+
+    def add_routing_listener(self, listener: RoutingListener) -> RemovableHandle:
+        """Call `listener` with the routing of every forward pass from now on.
+
+        Returns:
+            A handle whose `remove()` ends it.
+        """
+        handle = RemovableHandle(self._listeners)
+        self._listeners[handle.id] = listener
+        return handle
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_router_logits: bool | None = None,
+        output_routing: bool = False,
+        **kwargs: Any,
+    ) -> MoeModelOutput:
+        """Run the decoder.
+
+        Args:
+            input_ids: (B, S) token ids; or give `inputs_embeds` (B, S, D).
+            attention_mask: (B, past + S), 1 for real tokens and 0 for padding, or what the backbone takes instead.
+                A two-dimensional mask also tells balance losses and statistics which tokens are padding.
+            position_ids: (B, S).
+            past_key_values: cache of earlier tokens.
+            inputs_embeds: embeddings instead of ids.
+            output_router_logits: return router logits; the default is the config's.
+            output_routing: return the whole routing.
+            **kwargs: passed to the backbone (`use_cache`, `output_hidden_states`, ...).
+        """
+        context = _context(input_ids, inputs_embeds, position_ids, attention_mask)
+        # capture_outputs of the backbone would look for a recorder of router logits that dense families lack.
+        output = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **{CONTEXT: context},
+            **kwargs,
+        )
+        for listener in self._listeners.values():
+            listener(context)
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        logits = tuple(routing.logits_TN for routing in context.records.values()) if output_router_logits else None
+        return MoeModelOutput(
+            last_hidden_state=output.last_hidden_state,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            router_logits=logits,
+            routing=context if output_routing else None,
+        )
+
+
+class MoesaicForCausalLM(MoesaicPreTrainedModel, GenerationMixin):
+    """A language model with MoE layers: `generate`, HF Trainer and PEFT work on it as on any other.
+
+    Args:
+        config: backbone and `moe` section.
+    """
+
+    def __init__(self, config: MoesaicConfig) -> None:
+        super().__init__(config)
+        self.model = MoesaicModel(config)
+        text_config = config.get_text_config()
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        embeddings = self.model.get_input_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def moe_blocks(self) -> dict[int, MoEBlock]:
+        """The MoE blocks by decoder layer index."""
+        return self.model.moe_blocks()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        output_routing: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutput:
+        """Logits and, with labels, the loss.
+
+        Args:
+            input_ids: (B, S) token ids; or give `inputs_embeds`.
+            attention_mask: as for `MoesaicModel`.
+            position_ids: (B, S).
+            past_key_values: cache of earlier tokens.
+            inputs_embeds: (B, S, D).
+            labels: (B, S) ids to predict, shifted here; -100 is not predicted.
+            use_cache: return a cache.
+            output_router_logits: return router logits and `aux_losses`; the default is the config's.
+            output_routing: return the whole routing.
+            logits_to_keep: compute logits for the last so many positions, or the given ones; 0 for all.
+            num_items_in_batch: number of predicted tokens over all micro-batches and ranks of the optimiser step. With
+                it, the losses are this micro-batch's share of that mean: sums over micro-batches equal the loss of one
+                large batch, balance losses included. HF Trainer passes it.
+            **kwargs: passed to the backbone and the loss function.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            output_routing=True,
+            **kwargs,
+        )
+        hidden = output.last_hidden_state
+        if isinstance(logits_to_keep, Tensor):
+            hidden = hidden[:, logits_to_keep, :]
+        elif logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:, :]
+        text_config = self.config.get_text_config()
+        logits = family_of(text_config).finish_logits(self.lm_head(hidden), text_config)
+
+        loss = aux_losses = None
+        context: RoutingContext = output.routing
+        if labels is not None or output_router_logits:
+            weight_B = _sequence_weights(labels, context, logits, num_items_in_batch, kwargs.get("shift_labels"))
+            objective = BalanceObjective(self.config.spec.balance, weight_B)
+            aux_losses = objective.by_name(context)
+            if labels is not None:
+                loss = self.loss_function(
+                    logits, labels, text_config.vocab_size, num_items_in_batch=num_items_in_batch, **kwargs
+                )
+                if self.training:
+                    loss = objective.add_to(loss, aux_losses, context)
+        return MoeCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            aux_losses=aux_losses,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            router_logits=output.router_logits,
+            routing=context if output_routing else None,
+        )
+
+
+def _context(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, position_ids: Tensor | None, attention_mask: Any
+) -> RoutingContext:
+    """The context of a forward pass over (B, S) tokens."""
+    given = input_ids if input_ids is not None else inputs_embeds
+    if given is None:
+        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    batch, length = given.shape[:2]
+    mask_T = None
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        # With a cache the mask also covers past tokens, which are not routed again.
+        mask_T = attention_mask[:, -length:].reshape(-1).bool()
+    return RoutingContext(
+        batch_size=batch,
+        token_ids_T=None if input_ids is None else input_ids.reshape(-1),
+        position_T=None if position_ids is None else position_ids.expand(batch, -1).reshape(-1),
+        mask_T=mask_T,
+    )
+
+
+def _sequence_weights(
+    labels: Tensor | None,
+    context: RoutingContext,
+    logits: Tensor,
+    num_items_in_batch: Tensor | int | None,
+    shift_labels: Tensor | None,
+) -> Tensor:
+    """Share of each sequence in the mean: its predicted tokens over those of the step, as in the cross entropy."""
+    targets = shift_labels if shift_labels is not None else labels[:, 1:] if labels is not None else None
+    if targets is not None:
+        tokens_B = (targets != -100).sum(-1).to(device=logits.device, dtype=torch.float32)
+    else:
+        num_tokens = logits.shape[0] * logits.shape[1] if context.mask_T is None else context.mask_T.numel()
+        tokens_B = context.tokens_per_sequence(num_tokens, dtype=torch.float32, device=logits.device)
+    total = tokens_B.sum() if num_items_in_batch is None or targets is None else num_items_in_batch
+    return tokens_B / torch.as_tensor(total, device=logits.device, dtype=torch.float32).clamp(min=1)

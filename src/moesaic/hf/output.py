@@ -1,0 +1,58 @@
+"""What moesaic models return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import FloatTensor, Tensor
+from transformers import Cache
+from transformers.utils import ModelOutput
+
+from moesaic.layer import RoutingContext
+
+
+@dataclass
+class MoeModelOutput(ModelOutput):
+    """Output of `MoesaicModel`.
+
+    Attributes:
+        last_hidden_state: (B, S, D).
+        past_key_values: the cache, if used.
+        hidden_states: (B, S, D) for the embedding and each layer, if asked for.
+        attentions: attention weights for each layer, if asked for.
+        router_logits: (B*S, N) for each MoE layer, in layer order, if asked for.
+        routing: the routing of all MoE layers, if asked for.
+    """
+
+    last_hidden_state: FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[FloatTensor, ...] | None = None
+    attentions: tuple[FloatTensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    routing: RoutingContext | None = None
+
+
+@dataclass
+class MoeCausalLMOutput(ModelOutput):
+    """Output of `MoesaicForCausalLM`.
+
+    Attributes:
+        loss: with labels: the cross entropy, in training mode plus all of `aux_losses`.
+        logits: (B, S, V).
+        aux_losses: balance losses by name, coefficient included, summed over MoE layers; with labels or when router
+            logits are asked for.
+        past_key_values: the cache, if used.
+        hidden_states: (B, S, D) for the embedding and each layer, if asked for.
+        attentions: attention weights for each layer, if asked for.
+        router_logits: (B*S, N) for each MoE layer, in layer order, if asked for.
+        routing: the routing of all MoE layers, if asked for.
+    """
+
+    loss: FloatTensor | None = None
+    logits: FloatTensor | None = None
+    aux_losses: dict[str, Tensor] | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[FloatTensor, ...] | None = None
+    attentions: tuple[FloatTensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    routing: RoutingContext | None = None
