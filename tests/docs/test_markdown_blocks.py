@@ -1,0 +1,74 @@
+"""The harness of the documentation tests: what it takes for a block, and that a failing block fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.docs.markdown_blocks import Block, read_blocks
+
+PAGE = """# Title
+
+```python
+answer = 6 * 7
+```
+
+<!-- no-run: takes an hour -->
+
+```bash title="slow"
+sleep 3600
+```
+
+- in a list:
+
+  ```bash
+  echo listed
+  ```
+
+```yaml
+not: run
+```
+"""
+
+
+def test_blocks_keep_order_line_and_reason():
+    found = [(block.line, block.language, block.source, block.no_run) for block in read_blocks(PAGE, "page.md")]
+    assert found == [
+        (3, "python", "answer = 6 * 7\n", None),
+        (9, "bash", "sleep 3600\n", "takes an hour"),
+        (15, "bash", "echo listed\n", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- no-run: -->\n```bash\nls\n```\n",
+        "<!-- no-run: moved -->\n\nprose\n\n```bash\nls\n```\n",
+        "<!-- no-run: wrong language -->\n```yaml\na: b\n```\n",
+        "<!-- no-run: last -->\n",
+    ],
+)
+def test_a_no_run_comment_needs_a_reason_and_a_block(text: str):
+    with pytest.raises(ValueError, match=r"page\.md:1"):
+        read_blocks(text, "page.md")
+
+
+def test_python_blocks_share_a_namespace_and_report_the_page_line():
+    namespace: dict[str, object] = {}
+    Block("page.md", 3, "python", "answer = 42\n").run(namespace)
+    with pytest.raises(ZeroDivisionError) as error:
+        Block("page.md", 9, "python", "unused = 1\nanswer / 0\n").run(namespace)
+    assert (str(error.traceback[-1].path).endswith("page.md"), error.traceback[-1].lineno + 1) == (True, 11)
+
+
+def test_bash_blocks_stop_at_the_first_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Block("page.md", 1, "bash", "echo kept > file\n").run({})
+    assert (tmp_path / "file").read_text() == "kept\n"
+    with pytest.raises(AssertionError, match=r"page\.md:5 exited 1:\nshown"):
+        Block("page.md", 5, "bash", "echo shown\nfalse | cat\necho never\n").run({})
+
+
+def test_bash_blocks_find_the_commands_of_this_environment():
+    Block("page.md", 1, "bash", "command -v moesaic\npython -c 'import moesaic'\n").run({})
