@@ -1,0 +1,53 @@
+"""Text to batches: sources, tokenizer, split, packing, and loaders that resume exactly.
+
+`prepare_data(DataConfig(...), cache_dir)` does it all; its stages, in order and a file each:
+
+    sources ─► Document ─► split ─► tokenise ─► store (files) ─► packing ─► loader
+    python_corpus, text_files, hf_datasets      memory-mapped    (T)         (B, T)
+
+Letters in tensor names: B sequences in a batch, T tokens in a sequence.
+"""
+
+from moesaic.data.config import (
+    DataConfig,
+    DatasetsSource,
+    JsonlSource,
+    PretrainedTokenizer,
+    PythonSource,
+    Source,
+    TextSource,
+    TokenizerConfig,
+    TrainBPE,
+)
+from moesaic.data.documents import Document
+from moesaic.data.loader import OrderedBatches, TokenBatches
+from moesaic.data.packing import IGNORED_LABEL, Batch, PackedSequences
+from moesaic.data.prepare import PreparedData, prepare_data
+from moesaic.data.sources import read_documents
+from moesaic.data.summary import Amount, DataSummary
+from moesaic.data.tokenizer import load_tokenizer, train_tokenizer
+
+__all__ = [
+    "IGNORED_LABEL",
+    "Amount",
+    "Batch",
+    "DataConfig",
+    "DataSummary",
+    "DatasetsSource",
+    "Document",
+    "JsonlSource",
+    "OrderedBatches",
+    "PackedSequences",
+    "PreparedData",
+    "PretrainedTokenizer",
+    "PythonSource",
+    "Source",
+    "TextSource",
+    "TokenBatches",
+    "TokenizerConfig",
+    "TrainBPE",
+    "load_tokenizer",
+    "prepare_data",
+    "read_documents",
+    "train_tokenizer",
+]

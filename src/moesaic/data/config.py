@@ -1,0 +1,148 @@
+"""What to train on, as configuration: sources, tokenizer, sequences and batches."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from moesaic.configuration import Config
+
+DEMO_DOMAINS: tuple[Literal["prose", "code"], ...] = ("prose", "code")
+
+
+class PythonSource(Config):
+    """Python's documentation topics (domain `prose`) and standard-library sources (domain `code`): on every machine.
+
+    Attributes:
+        domains: which of the two to read.
+        max_bytes: reading a domain stops with the document that reaches this many UTF-8 bytes; None for all of it
+            (about 0.5 MB of prose and 9 MB of code).
+    """
+
+    type: Literal["python"] = "python"
+    domains: tuple[Literal["prose", "code"], ...] = Field(default=DEMO_DOMAINS, min_length=1)
+    max_bytes: PositiveInt | None = None
+
+
+class _CappedSource(Config):
+    """Limits common to all sources that a user brings.
+
+    Attributes:
+        domain: name under which these documents are counted and evaluated.
+        max_documents: stop after this many documents; None for all.
+        max_bytes: stop with the document that reaches this many UTF-8 bytes; None for all.
+    """
+
+    domain: str = Field(default="text", min_length=1)
+    max_documents: PositiveInt | None = None
+    max_bytes: PositiveInt | None = None
+
+
+class TextSource(_CappedSource):
+    """UTF-8 text files; each file is a document unless `separator` is set.
+
+    Attributes:
+        paths: files, folders (every file below, hidden ones left out) or globs (`notes/**/*.md`), read in this order;
+            files of one folder or glob in sorted order.
+        separator: cut each file into documents at this string, e.g. a blank line or `<|endoftext|>`.
+    """
+
+    type: Literal["text"] = "text"
+    paths: tuple[str, ...] = Field(min_length=1)
+    separator: str | None = Field(default=None, min_length=1)
+
+
+class JsonlSource(_CappedSource):
+    """Files with one JSON object a line, each a document.
+
+    Attributes:
+        paths: files, folders or globs, as in `TextSource`.
+        text_field: key that holds the text.
+        domain_field: key that holds the domain; None to use `domain` for all.
+    """
+
+    type: Literal["jsonl"] = "jsonl"
+    paths: tuple[str, ...] = Field(min_length=1)
+    text_field: str = "text"
+    domain_field: str | None = None
+
+
+class DatasetsSource(_CappedSource):
+    """A dataset of the HF `datasets` library; each row is a document. The fields are those of `load_dataset`.
+
+    Attributes:
+        path: hub name, local folder, or the name of a format (`json`, `parquet`, `text`) together with `data_files`.
+        name: configuration of the dataset.
+        data_files: files of the dataset: a path, several, or a mapping from split to paths.
+        split: which split to read.
+        revision: hub revision; fix it when results must be repeated.
+        streaming: read rows as they arrive, in bounded memory and without a local copy.
+        text_field: column that holds the text.
+        domain_field: column that holds the domain; None to use `domain` for all.
+    """
+
+    type: Literal["datasets"] = "datasets"
+    path: str
+    name: str | None = None
+    data_files: str | tuple[str, ...] | dict[str, str | tuple[str, ...]] | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = True
+    text_field: str = "text"
+    domain_field: str | None = None
+
+
+Source = Annotated[PythonSource | TextSource | JsonlSource | DatasetsSource, Field(discriminator="type")]
+
+
+class TrainBPE(Config):
+    """Train a byte-level BPE tokenizer on the training documents.
+
+    Attributes:
+        vocab_size: tokens in the vocabulary, counting 256 bytes and 2 special tokens. A small corpus may yield fewer:
+            size the model by `len(tokenizer)`.
+        max_bytes: learn merges from the first this many bytes of training text.
+    """
+
+    type: Literal["train_bpe"] = "train_bpe"
+    vocab_size: int = Field(default=4096, ge=258)
+    max_bytes: PositiveInt = 256 * 2**20
+
+
+class PretrainedTokenizer(Config):
+    """Use an existing tokenizer.
+
+    Attributes:
+        path: folder or hub name, as `AutoTokenizer.from_pretrained` takes it.
+    """
+
+    type: Literal["pretrained"] = "pretrained"
+    path: str
+
+
+TokenizerConfig = Annotated[TrainBPE | PretrainedTokenizer, Field(discriminator="type")]
+
+
+class DataConfig(Config):
+    """The `data` section of a run.
+
+    Attributes:
+        sources: where documents come from, read in this order.
+        tokenizer: how text becomes tokens.
+        sequence_length: tokens in a training sequence (T).
+        batch_size: sequences in a batch over all data-parallel ranks together (B), before accumulation.
+        validation_fraction: expected share of documents held out. A document's side depends on its text alone: it
+            stays when documents are added or reordered, and equal texts are never on both sides.
+        seed: seed of the order of training sequences; it does not move documents between the sides.
+        isolate_documents: restart positions at each document, so that attention does not cross documents, and predict
+            no document's first token from the one before it. Needs `use_cache=False`; see docs/data.md.
+    """
+
+    sources: tuple[Source, ...] = Field(default=(PythonSource(),), min_length=1)
+    tokenizer: TokenizerConfig = TrainBPE()
+    sequence_length: int = Field(default=256, ge=2)
+    batch_size: PositiveInt = 16
+    validation_fraction: float = Field(default=0.05, gt=0, lt=1)
+    seed: NonNegativeInt = 0
+    isolate_documents: bool = False
