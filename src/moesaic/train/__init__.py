@@ -1,0 +1,38 @@
+"""Training: a run in YAML, a loop on plain torch, checkpoints that resume exactly, and hooks for HF Trainer."""
+
+from __future__ import annotations
+
+from moesaic.train.checkpoint import CheckpointStore, check_same_run, load_state
+from moesaic.train.config import TrainConfig
+from moesaic.train.evaluate import Evaluation, evaluate, overall
+from moesaic.train.hf_trainer import RoutingMetricsCallback
+from moesaic.train.load import check_weight_files, load_model
+from moesaic.train.loop import Trainer, TrainResult, train
+from moesaic.train.metrics import StepMetrics, read_metrics
+from moesaic.train.model import build_model
+from moesaic.train.run import RunConfig
+from moesaic.train.schedule import ConstantSchedule, CosineSchedule, Schedule, WSDSchedule
+
+__all__ = [
+    "CheckpointStore",
+    "ConstantSchedule",
+    "CosineSchedule",
+    "Evaluation",
+    "RoutingMetricsCallback",
+    "RunConfig",
+    "Schedule",
+    "StepMetrics",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "WSDSchedule",
+    "build_model",
+    "check_same_run",
+    "check_weight_files",
+    "evaluate",
+    "load_model",
+    "load_state",
+    "overall",
+    "read_metrics",
+    "train",
+]

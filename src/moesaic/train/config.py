@@ -1,0 +1,71 @@
+"""The `train` section of a run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from moesaic.configuration import Config
+from moesaic.errors import ConfigError
+from moesaic.train.schedule import CosineSchedule, Schedule
+
+
+class TrainConfig(Config):
+    """How long and with what to train.
+
+    Attributes:
+        steps: optimiser steps of the whole run.
+        learning_rate: peak learning rate.
+        schedule: how the learning rate moves.
+        weight_decay: decoupled decay of matrices; norms, biases and other vectors are never decayed.
+        betas: AdamW's averaging factors.
+        epsilon: AdamW's epsilon.
+        gradient_clip: largest gradient norm, over all parameters together; None not to clip.
+        accumulation_steps: batches of `data.batch_size` in one optimiser step. The result is that of one batch as large
+            as all of them.
+        precision: "bf16" computes under bfloat16 autocast; weights, optimiser and routers stay float32.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        compile: compile the model's forward with `torch.compile`.
+        device: "auto" takes the accelerator if there is one; or "cpu", "cuda", "cuda:1", "mps".
+        seed: seed of the initial weights and of dropout.
+        eval_every: evaluate after every this many steps, and after the last; None for only after the last.
+        eval_batches: evaluate on at most this many batches of a domain; None for all.
+        checkpoint_every: write a checkpoint after every this many steps, and after the last; None for only after the
+            last.
+        keep_checkpoints: how many of the latest checkpoints stay on disk.
+        log_every: where the output is not a terminal, print a line after every this many steps. Metrics are written at
+            every step all the same.
+        tensorboard: also write metrics for TensorBoard, below `tensorboard/` in the output folder.
+    """
+
+    steps: PositiveInt = 1000
+    learning_rate: PositiveFloat = 1e-3
+    schedule: Schedule = CosineSchedule()
+    weight_decay: NonNegativeFloat = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: PositiveFloat = 1e-8
+    gradient_clip: PositiveFloat | None = 1.0
+    accumulation_steps: PositiveInt = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    device: str = "auto"
+    seed: NonNegativeInt = 0
+    eval_every: PositiveInt | None = 100
+    eval_batches: PositiveInt | None = None
+    checkpoint_every: PositiveInt | None = 100
+    keep_checkpoints: PositiveInt = 2
+    log_every: PositiveInt = 10
+    tensorboard: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        for index, beta in enumerate(self.betas):
+            if not 0 <= beta < 1:
+                raise ConfigError(f"betas.{index}", beta, "is not an averaging factor", "choose from 0 to below 1")
+        try:
+            self.schedule.warmup(self.steps)
+        except ConfigError as error:
+            raise ConfigError(f"schedule.{error.field}", error.value, error.problem, error.remedy) from None
+        return self

@@ -1,0 +1,85 @@
+"""Cross entropy and perplexity on held-out text, by domain."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from moesaic.train.objective import model_inputs, predicted_tokens
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result on one domain.
+
+    Attributes:
+        loss: mean cross entropy of a predicted token, in nats.
+        perplexity: its exponential.
+        tokens: number of predicted tokens.
+    """
+
+    loss: float
+    perplexity: float
+    tokens: int
+
+    @classmethod
+    def from_sum(cls, total: float, tokens: int) -> Evaluation:
+        """From the cross entropy summed over `tokens` predictions."""
+        loss = total / tokens if tokens else math.nan
+        # math.exp raises above this; a model that bad has no useful perplexity.
+        return cls(loss, math.exp(loss) if not loss > 700 else math.inf, tokens)
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    batches_by_domain: Mapping[str, Iterable[Mapping[str, Any]]],
+    *,
+    max_batches: int | None = None,
+    bf16: bool = False,
+) -> dict[str, Evaluation]:
+    """Evaluate a causal language model; its mode (training or not) is as before afterwards.
+
+    Args:
+        model: any HF causal language model.
+        batches_by_domain: batches with `input_ids` and `labels` (B, S), by domain.
+        max_batches: batches to take from each domain; None for all.
+        bf16: compute under bfloat16 autocast.
+
+    Returns:
+        Result by domain; `nan` where a domain has no token to predict.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            return {
+                domain: _evaluate_domain(model, itertools.islice(batches, max_batches))
+                for domain, batches in batches_by_domain.items()
+            }
+    finally:
+        model.train(was_training)
+
+
+def overall(evaluations: Mapping[str, Evaluation]) -> Evaluation:
+    """All domains together, each predicted token counted once."""
+    counted = [evaluation for evaluation in evaluations.values() if evaluation.tokens]
+    tokens = sum(evaluation.tokens for evaluation in counted)
+    return Evaluation.from_sum(sum(evaluation.loss * evaluation.tokens for evaluation in counted), tokens)
+
+
+def _evaluate_domain(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> Evaluation:
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for batch in batches:
+        predicted = predicted_tokens([batch])
+        if predicted:
+            output = model(**model_inputs(batch, model.device), num_items_in_batch=predicted, use_cache=False)
+            total += output.loss.double().cpu() * predicted
+            tokens += predicted
+    return Evaluation.from_sum(total.item(), tokens)

@@ -1,0 +1,103 @@
+"""HF Trainer: routing metrics in its logs.
+
+Correct balance losses need nothing: Trainer passes `num_items_in_batch` to the model's forward, which makes each
+micro-batch's losses, balance included, its share of the mean over the whole optimiser step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from moesaic.errors import UnsupportedModel
+from moesaic.hf import MoesaicModel
+from moesaic.layer import BalanceLoss, RoutingContext
+from moesaic.train.routing_load import RoutingLoad
+
+
+class RoutingMetricsCallback(TrainerCallback):
+    """Adds the routing of the steps since the last log to HF Trainer's logs.
+
+    Keys, with a layer number each: `max_violation/layer_3` (largest expert load over the mean load, minus 1, over all
+    tokens since the last log) and, for every balance loss by name, `load_balancing/layer_3` (mean over micro-batches,
+    coefficient not included). They go to `trainer.state.log_history` and to callbacks that stand after this one:
+    for TensorBoard, `TrainingArguments(report_to="none")` and
+    `callbacks=[RoutingMetricsCallback(), TensorBoardCallback()]`.
+
+    Works for models that contain a `MoesaicModel`, also wrapped by PEFT.
+
+    Raises:
+        UnsupportedModel: when training begins, if there is none in the model.
+    """
+
+    def __init__(self) -> None:
+        self._load = RoutingLoad()
+        self._losses: Sequence[BalanceLoss] = ()
+        self._sums: dict[str, Tensor] = {}
+        self._forwards = 0
+        self._handle: RemovableHandle | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        decoder = _find_decoder(kwargs["model"])
+        self._losses = decoder.config.spec.balance
+
+        def listen(context: RoutingContext) -> None:
+            # Evaluation during training runs the same model.
+            if decoder.training:
+                self._add(context)
+
+        self._handle = decoder.add_routing_listener(listen)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs or not self._forwards:
+            return
+        metrics = self._take()
+        logs.update(metrics)
+        # Trainer has copied the logs into its history before callbacks see them.
+        state.log_history[-1].update(metrics)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    @torch.no_grad()
+    def _add(self, context: RoutingContext) -> None:
+        self._forwards += 1
+        self._load.add(context)
+        for layer, routing in context.records.items():
+            for loss in self._losses:
+                key = f"{loss.name}/layer_{layer}"
+                value = loss.per_sequence(routing, context).mean()
+                self._sums[key] = self._sums[key] + value if key in self._sums else value
+
+    def _take(self) -> dict[str, float]:
+        violation = self._load.take_max_violation()
+        metrics = {f"max_violation/layer_{layer}": value for layer, value in violation.items()}
+        metrics.update({key: float(total) / self._forwards for key, total in self._sums.items()})
+        self._sums, self._forwards = {}, 0
+        return metrics
+
+
+def _find_decoder(model: nn.Module) -> MoesaicModel:
+    for module in model.modules():
+        if isinstance(module, MoesaicModel):
+            return module
+    raise UnsupportedModel(
+        f"RoutingMetricsCallback needs a moesaic model, not {type(model).__name__}; convert the model, or leave it out"
+    )

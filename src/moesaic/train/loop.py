@@ -1,0 +1,309 @@
+"""The training loop: steps with accumulation, evaluation, checkpoints, and a clean stop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from transformers import PreTrainedModel
+
+from moesaic.data import PreparedData, prepare_data
+from moesaic.errors import DataError, TrainingError
+from moesaic.files import write_text
+from moesaic.train.checkpoint import RUN_FILE, CheckpointStore, check_same_run, load_state
+from moesaic.train.evaluate import Evaluation, evaluate
+from moesaic.train.load import load_model
+from moesaic.train.metrics import MetricsFile, MetricsSink, StepMetrics, TensorBoardSink, evaluation_record
+from moesaic.train.model import build_model, prepare_for_training, select_device
+from moesaic.train.objective import Objective, language_model_objective, model_inputs, predicted_tokens
+from moesaic.train.optimizer import build_optimizer, set_learning_rate
+from moesaic.train.progress import NoProgress, ProgressDisplay, describe_evaluation, progress_display
+from moesaic.train.rng import rng_state, seed_all, set_rng_state
+from moesaic.train.routing_load import RoutingLoad
+from moesaic.train.run import RunConfig
+from moesaic.train.signals import StopSignals
+
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        step: optimiser steps made over the whole run.
+        finished: whether that is all of them.
+        tokens: tokens trained on over the whole run.
+        validation: last evaluation by domain; empty if there was none yet.
+        checkpoint: the last checkpoint: a folder that `AutoModelForCausalLM.from_pretrained` loads.
+        metrics_file: JSON lines, as `read_metrics` reads them.
+        seconds: wall time of this call's training, data preparation not included.
+        tokens_per_second: over that time; 0 if there was nothing left to do.
+        signal: number of the signal that stopped the run, or None.
+    """
+
+    step: int
+    finished: bool
+    tokens: int
+    validation: dict[str, Evaluation]
+    checkpoint: Path
+    metrics_file: Path
+    seconds: float
+    tokens_per_second: float
+    signal: int | None
+
+    @property
+    def exit_code(self) -> int:
+        """For a process: 0, or 128 + signal by the convention of shells."""
+        return 0 if self.signal is None else 128 + self.signal
+
+
+def train(
+    run: RunConfig,
+    output_dir: str | Path,
+    *,
+    resume: bool | Literal["auto"] = False,
+    data: PreparedData | None = None,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Train the model of `run`, or go on training it.
+
+    SIGINT or SIGTERM ends it after the current step, with a checkpoint; a second one ends it at once.
+
+    Args:
+        run: what to train.
+        output_dir: where `run.yaml`, `metrics.jsonl`, `checkpoints/` and `tensorboard/` go.
+        resume: go on from the last checkpoint in `output_dir`. False refuses a folder that has one, True one that has
+            none, "auto" takes either. On one machine the losses equal those of an uninterrupted run.
+        data: what `prepare_data(run.data, ...)` returned, to share it between runs; None to do that here.
+        cache_dir: where tokenised text is cached; None for `data/` in `output_dir`.
+        progress: show progress on stderr.
+
+    Raises:
+        ConfigError: if a field is invalid.
+        DataError: if the data can't be read.
+        CheckpointError: if a checkpoint can't be written, is damaged, or belongs to another run.
+        TrainingError: if a loss or gradient is not finite, or `output_dir` does not fit `resume`.
+    """
+    output_dir = Path(output_dir)
+    store = CheckpointStore(output_dir / CHECKPOINTS, run.train.keep_checkpoints)
+    checkpoint = _checkpoint_to_resume(store, resume)
+    if checkpoint is not None:
+        check_same_run(checkpoint, run)
+    device = select_device(run.train.device)
+    if data is None:
+        data = prepare_data(run.data, cache_dir or output_dir / "data", progress=progress)
+    seed_all(run.train.seed)
+    model = build_model(run, data.tokenizer) if checkpoint is None else load_model(checkpoint)
+    prepare_for_training(model, run.train, device)
+    trainer = Trainer(run, model, data, store)
+    if checkpoint is not None:
+        trainer.load_state_dict(load_state(checkpoint))
+    write_text(output_dir / RUN_FILE, run.to_yaml())
+    return trainer.fit(output_dir, progress=progress)
+
+
+class Trainer:
+    """A model in training: makes steps, and knows all that a checkpoint must hold.
+
+    Args:
+        run: the run; its `train` section drives this class.
+        model: on its device, in training mode.
+        data: where batches come from.
+        store: where checkpoints go.
+
+    Attributes:
+        step: optimiser steps made.
+        tokens: tokens trained on.
+        validation: last evaluation by domain.
+    """
+
+    def __init__(self, run: RunConfig, model: PreTrainedModel, data: PreparedData, store: CheckpointStore) -> None:
+        self.run, self.config, self.model, self.data, self.store = run, run.train, model, data, store
+        self.optimizer = build_optimizer(model, run.train, model.device)
+        self.batches = data.train_batches()
+        self.step = self.tokens = 0
+        self.validation: dict[str, Evaluation] = {}
+
+    def fit(self, output_dir: Path, *, progress: bool = True) -> TrainResult:
+        """Train to the last step or to a signal, with a checkpoint at the end; see `train`."""
+        started, first_tokens = time.perf_counter(), self.tokens
+        with self._reporting(output_dir, progress) as (sinks, display), StopSignals() as stop:
+            while self.step < self.config.steps and stop.received is None:
+                metrics = self.train_step()
+                _write(sinks, metrics.record())
+                display.step(metrics)
+                last = self.step == self.config.steps
+                # A stop must not wait for an evaluation; the end of the run has one in any case.
+                if last or (_due(self.step, self.config.eval_every) and stop.received is None):
+                    self.evaluate()
+                    _write(sinks, evaluation_record(self.step, self.validation))
+                    display.note(describe_evaluation(self.step, self.validation))
+                if last or _due(self.step, self.config.checkpoint_every):
+                    self.save()
+            checkpoint = self._checkpoint_of_this_step() or self.save()
+            if stop.received is not None:
+                display.note(f"stopped by a signal after step {self.step}; resume from {checkpoint}")
+        seconds = time.perf_counter() - started
+        return TrainResult(
+            step=self.step,
+            finished=self.step >= self.config.steps,
+            tokens=self.tokens,
+            validation=self.validation,
+            checkpoint=checkpoint,
+            metrics_file=output_dir / METRICS_FILE,
+            seconds=seconds,
+            tokens_per_second=(self.tokens - first_tokens) / seconds,
+            signal=stop.received,
+        )
+
+    def train_step(self) -> StepMetrics:
+        """One optimiser step over `accumulation_steps` batches.
+
+        Raises:
+            TrainingError: if a loss or the gradient is not finite; weights are then as before the step.
+        """
+        started = time.perf_counter()
+        batches = [next(self.batches) for _ in range(self.config.accumulation_steps)]
+        num_items = predicted_tokens(batches)
+        if num_items == 0:
+            raise DataError(f"the batch of step {self.step + 1} has no token to predict; use longer sequences")
+        sums = _StepSums()
+        for batch in batches:
+            with self._autocast():
+                objective = language_model_objective(self.model, model_inputs(batch, self.model.device), num_items)
+            objective.loss.backward()
+            sums.add(objective)
+        gradient_norm = clip_grad_norm_(self.model.parameters(), self.config.gradient_clip or math.inf).item()
+        cross_entropy, aux_losses = sums.values()
+        self._check_finite({"cross entropy": cross_entropy, **aux_losses, "gradient norm": gradient_norm})
+
+        learning_rate = self.config.learning_rate * self.config.schedule.factor(self.step, self.config.steps)
+        set_learning_rate(self.optimizer, learning_rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        self.tokens += tokens
+        return StepMetrics(
+            step=self.step,
+            tokens=self.tokens,
+            loss=cross_entropy,
+            aux_losses=aux_losses,
+            max_violation=sums.load.take_max_violation(),
+            learning_rate=learning_rate,
+            gradient_norm=gradient_norm,
+            tokens_per_second=tokens / (time.perf_counter() - started),
+        )
+
+    def evaluate(self) -> None:
+        """Evaluate on the held-out text into `validation`."""
+        batches, bf16 = self.data.validation_batches(), self.config.precision == "bf16"
+        self.validation = evaluate(self.model, batches, max_batches=self.config.eval_batches, bf16=bf16)
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step."""
+        return self.store.save(self.step, self.model, self.data.tokenizer, self.run, self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the weights: counters, optimiser, data position, random number generators."""
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "validation": {domain: asdict(found) for domain, found in self.validation.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "data": self.batches.state_dict(),
+            "rng": rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned.
+
+        Raises:
+            DataError: if the data is not what it was.
+        """
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.validation = {domain: Evaluation(**found) for domain, found in state["validation"].items()}
+        self.batches.load_state_dict(state["data"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        set_rng_state(state["rng"])
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def _checkpoint_of_this_step(self) -> Path | None:
+        latest = self.store.latest()
+        return latest if latest is not None and latest.name == f"step-{self.step:08d}" else None
+
+    def _check_finite(self, quantities: dict[str, float]) -> None:
+        for name, value in quantities.items():
+            if not math.isfinite(value):
+                checkpoint = self.store.latest()
+                kept = f"The last good checkpoint is {checkpoint}" if checkpoint else "There is no checkpoint yet"
+                raise TrainingError(
+                    f"step {self.step + 1}: the {name} is {value}. {kept}. Try a lower train.learning_rate "
+                    f"({self.config.learning_rate} now), more warm-up, a smaller train.gradient_clip, or fp32"
+                )
+
+    @contextlib.contextmanager
+    def _reporting(self, output_dir: Path, progress: bool) -> Iterator[tuple[list[MetricsSink], ProgressDisplay]]:
+        """Metrics files and display, closed at the end."""
+        with contextlib.ExitStack() as stack:
+            sinks: list[MetricsSink] = []
+            if self.config.tensorboard:
+                sinks.append(TensorBoardSink(output_dir / TENSORBOARD, self.step))
+            sinks.append(MetricsFile(output_dir / METRICS_FILE, self.step))
+            display: ProgressDisplay = NoProgress()
+            if progress:
+                display = progress_display(self.config.steps, self.step, self.config.log_every)
+            for reporter in (*sinks, display):
+                stack.callback(reporter.close)
+            yield sinks, display
+
+
+@dataclass
+class _StepSums:
+    """Losses and expert load of the micro-batches of one step; stays on the device until the step is over."""
+
+    cross_entropy: Tensor | float = 0.0
+    aux_losses: dict[str, Tensor] = field(default_factory=dict)
+    load: RoutingLoad = field(default_factory=RoutingLoad)
+
+    def add(self, objective: Objective) -> None:
+        self.cross_entropy = self.cross_entropy + objective.cross_entropy
+        for name, loss in objective.aux_losses.items():
+            self.aux_losses[name] = self.aux_losses[name] + loss if name in self.aux_losses else loss
+        if objective.routing is not None:
+            self.load.add(objective.routing)
+
+    def values(self) -> tuple[float, dict[str, float]]:
+        return float(self.cross_entropy), {name: float(loss) for name, loss in self.aux_losses.items()}
+
+
+def _checkpoint_to_resume(store: CheckpointStore, resume: bool | Literal["auto"]) -> Path | None:
+    latest = store.latest()
+    if resume is True and latest is None:
+        raise TrainingError(f"there is no checkpoint in {store.folder} to resume from; start the run without resume")
+    if resume is False and latest is not None:
+        raise TrainingError(f"{latest} belongs to an earlier run; resume it, or train into another folder")
+    return latest
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _write(sinks: list[MetricsSink], record: dict[str, Any]) -> None:
+    for sink in sinks:
+        sink.write(record)

@@ -1,0 +1,159 @@
+"""What is measured, and where it is written: a JSON-lines file, and TensorBoard if asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from moesaic.errors import ConfigError, TrainingError
+from moesaic.files import write_text
+from moesaic.train.evaluate import Evaluation, overall
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimiser step; a line of type "train" in the metrics file.
+
+    Attributes:
+        step: optimiser steps made, this one included.
+        tokens: tokens trained on since the start of the run.
+        loss: mean cross entropy of a predicted token, in nats, balance losses not included.
+        aux_losses: balance losses by name, coefficient included, summed over layers.
+        max_violation: by MoE layer, largest expert load over the mean load, minus 1 (0 is balanced), over all tokens
+            of the step.
+        learning_rate: that of this step.
+        gradient_norm: before clipping.
+        tokens_per_second: over the wall time of the step.
+    """
+
+    step: int
+    tokens: int
+    loss: float
+    aux_losses: dict[str, float]
+    max_violation: dict[int, float]
+    learning_rate: float
+    gradient_norm: float
+    tokens_per_second: float
+
+    @property
+    def balance(self) -> dict[str, float]:
+        """Mean and worst violation over layers and the worst layer; empty for a dense model."""
+        if not self.max_violation:
+            return {}
+        worst_layer = max(self.max_violation, key=self.max_violation.__getitem__)
+        return {
+            "mean": sum(self.max_violation.values()) / len(self.max_violation),
+            "worst": self.max_violation[worst_layer],
+            "worst_layer": worst_layer,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """The line of the metrics file."""
+        return {"type": "train", **asdict(self), "max_violation": self.balance}
+
+
+def evaluation_record(step: int, evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """The line of the metrics file for an evaluation after `step`: all domains together, and each."""
+    domains = {domain: asdict(evaluation) for domain, evaluation in evaluations.items()}
+    return {"type": "evaluation", "step": step, **asdict(overall(evaluations)), "domains": domains}
+
+
+class MetricsSink(Protocol):
+    """Takes records as they come."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Take one record, with at least `type` and `step`."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        ...
+
+
+class MetricsFile:
+    """JSON lines, each on disk when `write` returns.
+
+    Lines after `resumed_step` are dropped at the start, so that after resuming every step is there once.
+
+    Args:
+        path: the file; made if missing.
+        resumed_step: step at which the run goes on; 0 for a new run.
+
+    Raises:
+        TrainingError: if it can't be written.
+    """
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        self.path = path
+        kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= resumed_step]
+        try:
+            write_text(path, "".join(kept))
+            self._stream = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        try:
+            self._stream.write(json.dumps(record) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _unwritable(self, error: OSError) -> TrainingError:
+        return TrainingError(f"cannot write metrics to {self.path}: {error.strerror}; free some space, then resume")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Records of a metrics file, in order; empty if there is none. A half-written last line is left out."""
+    path = Path(path)
+    if not path.is_file():
+        return []
+    whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in whole_lines]
+
+
+class TensorBoardSink:
+    """Every number of a record as a scalar, named by its path (`train/max_violation/worst`).
+
+    Args:
+        folder: where event files go.
+        resumed_step: events after it, of an earlier run in the same folder, are hidden.
+
+    Raises:
+        ConfigError: if tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError(
+                "train.tensorboard",
+                True,
+                "needs the tensorboard package",
+                "install moesaic[train], or set it to false: metrics.jsonl has the same numbers",
+            ) from None
+        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        for name, value in _scalars(record, record["type"]):
+            self._writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _scalars(values: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
+    found = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found.extend(_scalars(value, f"{prefix}/{name}"))
+        elif isinstance(value, int | float) and name != "step":
+            found.append((f"{prefix}/{name}", value))
+    return found

@@ -1,0 +1,93 @@
+"""The model that a run trains, MoE or dense."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from moesaic.errors import ConfigError
+from moesaic.hf import build, read_backbone
+from moesaic.train.config import TrainConfig
+from moesaic.train.load import load_model
+from moesaic.train.run import RunConfig
+
+
+def select_device(name: str) -> torch.device:
+    """The torch device for `train.device`.
+
+    Raises:
+        ConfigError: if it is not a device or this machine lacks it.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError("train.device", name, "is not a device of torch", "use auto, cpu, cuda or mps") from None
+    usable = device.type == "cpu" or (
+        accelerator is not None
+        and device.type == accelerator.type
+        and (device.index or 0) < torch.accelerator.device_count()
+    )
+    if not usable:
+        raise ConfigError("train.device", name, "is not on this machine", f"use auto or {accelerator or 'cpu'}")
+    return device
+
+
+def build_model(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model at step 0, float32, on the CPU. Random weights depend on the seed set before.
+
+    Raises:
+        ConfigError: if a field is invalid or the vocabulary is smaller than the tokenizer's.
+        UnsupportedModel: if the backbone can't take MoE layers.
+        CheckpointError: if `initial_model` can't be loaded.
+    """
+    if run.initial_model is not None:
+        model = load_model(run.initial_model)
+        _check_vocabulary(model.config.get_text_config(), tokenizer)
+        return model
+    config = backbone_config(run, tokenizer)
+    if run.moe is not None:
+        return build(config, run.moe).float()
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def backbone_config(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The stock config of `run.backbone`, fitted to the tokenizer."""
+    assert run.backbone is not None, "RunConfig checks this"
+    backbone = run.backbone
+    if isinstance(backbone, Mapping):
+        fitted = {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        backbone = {**fitted, **backbone}
+    config = read_backbone(backbone)
+    _check_vocabulary(config, tokenizer)
+    return config
+
+
+def prepare_for_training(model: PreTrainedModel, config: TrainConfig, device: torch.device) -> None:
+    """Move the model to its device and switch on what `config` asks for, in place."""
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    if config.gradient_checkpointing:
+        # Recomputation without reentry is what torch recommends; it needs no input that requires a gradient.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.compile:
+        model.compile()
+    model.train()
+
+
+def _check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    if config.vocab_size < len(tokenizer):
+        raise ConfigError(
+            "backbone.vocab_size",
+            config.vocab_size,
+            f"is smaller than the tokenizer's vocabulary ({len(tokenizer)})",
+            "leave it out, or lower data.tokenizer.vocab_size",
+        )

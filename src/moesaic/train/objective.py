@@ -1,0 +1,62 @@
+"""The training loss of one micro-batch, for MoE and dense models alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moesaic.hf import MoesaicForCausalLM
+from moesaic.layer import RoutingContext
+
+_IGNORED_LABEL = -100
+_MODEL_INPUTS = ("input_ids", "labels", "position_ids", "attention_mask")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a micro-batch adds to the loss of its optimiser step.
+
+    Attributes:
+        loss: to differentiate: cross entropy plus balance losses, scalar.
+        cross_entropy: the language-model part, detached.
+        aux_losses: balance losses by name, coefficient included, detached; empty for dense models.
+        routing: what the routers did; None for dense models.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    aux_losses: dict[str, Tensor]
+    routing: RoutingContext | None
+
+
+def model_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """The entries of a batch that models take, on `device`."""
+    return {name: batch[name].to(device, non_blocking=True) for name in _MODEL_INPUTS if name in batch}
+
+
+def predicted_tokens(batches: Sequence[Mapping[str, Any]]) -> int:
+    """Number of labels that are predicted: models shift labels, so the first of a sequence never is."""
+    return sum(int((batch["labels"][:, 1:] != _IGNORED_LABEL).sum()) for batch in batches)
+
+
+def language_model_objective(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], num_items_in_batch: int
+) -> Objective:
+    """Run the model, in training mode, on one micro-batch.
+
+    Args:
+        model: an HF causal language model whose forward takes `num_items_in_batch`.
+        inputs: as `model_inputs` gives them, (B, S) each.
+        num_items_in_batch: predicted tokens of all micro-batches of the optimiser step. All losses are shares of the
+            mean over them, so that their sums over micro-batches are those of one large batch.
+    """
+    extra = {"output_routing": True} if isinstance(model, MoesaicForCausalLM) else {}
+    output = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False, **extra)
+    aux_losses = {name: loss.detach() for name, loss in (getattr(output, "aux_losses", None) or {}).items()}
+    cross_entropy = output.loss.detach() - sum(aux_losses.values(), start=torch.zeros((), device=output.loss.device))
+    return Objective(output.loss, cross_entropy, aux_losses, getattr(output, "routing", None))

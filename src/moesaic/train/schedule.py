@@ -1,0 +1,102 @@
+"""Learning-rate schedules: the factor on the peak learning rate as a function of the step, a class each."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt
+
+from moesaic.configuration import Config
+from moesaic.errors import ConfigError
+
+
+class WarmUp(Config):
+    """What all schedules begin with: a linear rise from peak / warmup_steps to the peak.
+
+    Attributes:
+        warmup_steps: length of the rise; None for a twentieth of the run.
+    """
+
+    warmup_steps: NonNegativeInt | None = None
+
+    def factor(self, step: int, steps: int) -> float:
+        """Factor on the peak learning rate, in (0, 1].
+
+        Args:
+            step: optimiser steps already made, 0 <= step < steps.
+            steps: optimiser steps of the whole run.
+        """
+        warmup = self.warmup(steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        return self.after_warmup(step - warmup, steps - warmup)
+
+    def warmup(self, steps: int) -> int:
+        """Length of the rise in a run of `steps`.
+
+        Raises:
+            ConfigError: if it leaves nothing of the run.
+        """
+        warmup = steps // 20 if self.warmup_steps is None else self.warmup_steps
+        if warmup >= steps:
+            raise ConfigError(
+                "warmup_steps", warmup, f"does not end before the run of {steps} steps", f"choose 0 to {steps - 1}"
+            )
+        return warmup
+
+    @abstractmethod
+    def after_warmup(self, step: int, steps: int) -> float:
+        """The factor with steps counted from the end of the rise."""
+
+
+class ConstantSchedule(WarmUp):
+    """The peak learning rate to the end."""
+
+    type: Literal["constant"] = "constant"
+
+    def after_warmup(self, step: int, steps: int) -> float:
+        return 1.0
+
+
+class CosineSchedule(WarmUp):
+    """Half a cosine from the peak to `min_lr_ratio`, which would be reached at step `steps` (arXiv 1608.03983, eq. 5).
+
+    Attributes:
+        min_lr_ratio: final learning rate as a share of the peak.
+    """
+
+    type: Literal["cosine"] = "cosine"
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+
+    def after_warmup(self, step: int, steps: int) -> float:
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+class WSDSchedule(WarmUp):
+    """Warm-up, stable, decay: constant, then a fall over the last part of the run (MiniCPM, arXiv 2404.06395).
+
+    Attributes:
+        decay_fraction: share of the run that decays.
+        decay: shape of the fall; "sqrt" is 1 - sqrt(progress), which ends lower than "linear" in arXiv 2405.18392.
+        min_lr_ratio: learning rate that the fall would reach at step `steps`, as a share of the peak.
+    """
+
+    type: Literal["wsd"] = "wsd"
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    decay: Literal["sqrt", "linear"] = "sqrt"
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+
+    def factor(self, step: int, steps: int) -> float:
+        # The fall is measured on the whole run, so that a longer warm-up does not move it.
+        decay_steps = max(1, round(self.decay_fraction * steps))
+        progress = max(0.0, (step - (steps - decay_steps)) / decay_steps)
+        fallen = math.sqrt(progress) if self.decay == "sqrt" else progress
+        return super().factor(step, steps) * (1 - (1 - self.min_lr_ratio) * fallen)
+
+    def after_warmup(self, step: int, steps: int) -> float:
+        return 1.0
+
+
+Schedule = Annotated[CosineSchedule | WSDSchedule | ConstantSchedule, Field(discriminator="type")]
