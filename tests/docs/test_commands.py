@@ -25,5 +25,5 @@ def test_page_runs_as_printed(
         if block.no_run is None:
             block.run(namespace)
         else:
-            with subtests.test(f"{page}:{block.line}"):
-                pytest.skip(block.no_run)
+            with subtests.test():
+                pytest.skip(f"{page}:{block.line}: {block.no_run}")
