@@ -115,7 +115,7 @@ def _key(config: DataConfig) -> str:
 
 def _open(config: DataConfig, folder: Path) -> PreparedData:
     try:
-        summary = DataSummary.model_validate_json((folder / "summary.json").read_text(encoding="utf-8"))
+        summary = DataSummary.from_dict(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise DataError(f"the cache entry {folder} is damaged ({error}); delete it to tokenise again") from error
     tokenizer = load_tokenizer(folder / "tokenizer")

@@ -77,7 +77,9 @@ class TokenStore:
         self.starts = _map(folder / "starts.bin", np.dtype(np.int64))
         self.domains = _map(folder / "domains.bin", np.dtype(np.int32))
         if len(self.starts) != len(self.domains) + 1 or self.starts[-1] != len(self.tokens):
-            raise DataError(f"the token files in {folder} are damaged (sizes do not agree); delete {folder.parent}")
+            raise DataError(
+                f"the token files in {folder} are damaged (sizes do not agree); delete {folder.parent} to tokenise again"
+            )
 
     def documents_of(self, domain: int) -> np.ndarray:
         """Indices of the documents of a domain, in order."""
@@ -87,6 +89,9 @@ class TokenStore:
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:
     if not path.is_file():
         raise DataError(f"{path} is missing; delete {path.parent.parent} to tokenise again")
-    if path.stat().st_size == 0:  # an empty file cannot be mapped
+    size = path.stat().st_size
+    if size % dtype.itemsize:
+        raise DataError(f"{path} is damaged (cut short at byte {size}); delete {path.parent.parent} to tokenise again")
+    if size == 0:  # an empty file cannot be mapped
         return np.empty(0, dtype)
     return np.memmap(path, dtype, mode="r")
