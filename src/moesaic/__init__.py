@@ -6,10 +6,20 @@ Importing it registers the model type "moesaic" with the Auto classes, and the e
 
 from __future__ import annotations
 
-from moesaic.hf import MoeCausalLMOutput, MoesaicConfig, MoesaicForCausalLM, MoesaicModel, build
+from moesaic.hf import MoeCausalLMOutput, MoesaicConfig, MoesaicForCausalLM, MoesaicModel, build, convert, export
 from moesaic.layer import MoESpec
 from moesaic.transform import upcycle
 
 __version__ = "0.1.0"
 
-__all__ = ["MoESpec", "MoeCausalLMOutput", "MoesaicConfig", "MoesaicForCausalLM", "MoesaicModel", "build", "upcycle"]
+__all__ = [
+    "MoESpec",
+    "MoeCausalLMOutput",
+    "MoesaicConfig",
+    "MoesaicForCausalLM",
+    "MoesaicModel",
+    "build",
+    "convert",
+    "export",
+    "upcycle",
+]

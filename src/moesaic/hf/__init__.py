@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from moesaic.hf import checkpoint, experts
 from moesaic.hf.build import build, read_backbone
 from moesaic.hf.configuration import MoesaicConfig
+from moesaic.hf.conversion import convert, export
 from moesaic.hf.model import MoesaicForCausalLM, MoesaicModel, MoesaicPreTrainedModel
 from moesaic.hf.output import MoeCausalLMOutput, MoeModelOutput
 
@@ -28,5 +29,7 @@ __all__ = [
     "MoesaicModel",
     "MoesaicPreTrainedModel",
     "build",
+    "convert",
+    "export",
     "read_backbone",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, initialization
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.configuration_utils import SubConfigSpec
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import (
@@ -28,6 +28,7 @@ __all__ = [
     "WeightConverter",
     "WeightRenaming",
     "backbone_class",
+    "causal_lm_class",
     "experts_implementation",
     "initialization",
     "register_conversion",
@@ -48,8 +49,15 @@ def register_conversion(name: str, mapping: list[WeightConverter | WeightRenamin
 
 def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The base model class (without head) of a config."""
-    found = AutoModel._model_mapping[type(config)]
+    # Some configs map to several classes, their main one first.
+    found: Any = AutoModel._model_mapping[type(config)]
     return found[0] if isinstance(found, tuple | list) else found
+
+
+def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The model class with language-model head of a config."""
+    found: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    return found
 
 
 def experts_implementation(config: PreTrainedConfig) -> str | None:

@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from moesaic.hf.configuration import MoesaicConfig
 from moesaic.hf.families import family_of
 from moesaic.hf.model import MoesaicForCausalLM
 from moesaic.layer import MoESpec
 
+# Maps the block of one side to the state dict of the block of the other side.
 BlockTensors = Callable[[nn.Module], dict[str, Tensor]]
 
 
@@ -56,6 +57,40 @@ def transplant(source: PreTrainedModel, spec: MoESpec, block_tensors: BlockTenso
     model.set_attn_implementation(source.config._attn_implementation)
     model.generation_config = copy.deepcopy(source.generation_config)
     return model.train(source.training)
+
+
+def transplant_back(
+    model: MoesaicForCausalLM, config: PreTrainedConfig, block_tensors: BlockTensors
+) -> PreTrainedModel:
+    """A stock causal language model with the weights of ours; the inverse of `transplant`.
+
+    Args:
+        model: whose backbone has the same parts outside the MoE blocks as the stock model.
+        config: stock config, which places MoE blocks in the layers where `model` has them.
+        block_tensors: maps our block to the state dict of the stock block.
+    """
+    backbone = model.model.backbone
+    ours, theirs = family_of(backbone.config), family_of(config)
+    config.dtype = model.dtype
+    with torch.device("meta"):
+        stock = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    replaced = {f"{ours.layers}.{index}.{ours.feed_forward}." for index in model.moe_blocks()}
+
+    def kept(name: str) -> bool:
+        return not any(name.startswith(prefix) for prefix in replaced)
+
+    named = [*backbone.named_parameters(), *backbone.named_buffers()]
+    tensors = {name: tensor.detach().clone() for name, tensor in named if kept(name)}
+    for index, block in model.moe_blocks().items():
+        path = f"{theirs.layers}.{index}.{theirs.feed_forward}"
+        tensors |= {f"{path}.{name}": tensor.detach().clone() for name, tensor in block_tensors(block).items()}
+    _assign(stock.base_model, tensors)
+    head = stock.get_output_embeddings()
+    _assign(head, {name: tensor.detach().clone() for name, tensor in model.lm_head.named_parameters()})
+    stock.tie_weights()
+    stock.set_attn_implementation(backbone.config._attn_implementation)
+    stock.generation_config = copy.deepcopy(model.generation_config)
+    return stock.train(model.training)
 
 
 def _assign(module: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -1,0 +1,95 @@
+"""What a stock MoE family is to us: how its config reads as a `MoESpec`, and how its block's tensors are named."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from moesaic.errors import ConfigError, UnsupportedModel
+from moesaic.layer import LayerPlacement, MoESpec
+from moesaic.layer.activations import ACTIVATIONS
+
+
+class FamilyConversion(ABC):
+    """One stock family, or several that mean the same by the same config fields.
+
+    Attributes:
+        names: where our block's children (keys) are called differently in the stock block (values).
+    """
+
+    names: ClassVar[Mapping[str, str]] = {}
+
+    @abstractmethod
+    def values(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """`MoESpec` as a dict, without validation.
+
+        Raises:
+            UnsupportedModel: if a field asks for something that a spec can't say.
+        """
+
+    @abstractmethod
+    def restrict(self, config: PreTrainedConfig, spec: MoESpec) -> dict[str, Any]:
+        """The config fields with which this family comes closest to `spec`.
+
+        Whether that is close enough is not decided here: `export` reads the changed config back and compares.
+        """
+
+    def spec(self, config: PreTrainedConfig) -> MoESpec:
+        """What the stock model computes, as a spec.
+
+        Raises:
+            UnsupportedModel: if a spec can't say it, naming the field.
+        """
+        if not config.num_experts_per_tok:
+            raise unsupported(config, "num_experts_per_tok", "picks no expert", "set it")
+        try:
+            spec = MoESpec.from_dict(self.values(config), where="moe")
+            spec.layers.indices(config.num_hidden_layers)
+        except ConfigError as error:
+            raise UnsupportedModel(f"{config.model_type}: {error}") from None
+        return spec
+
+    def to_block(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """State dict of the stock block (or gradients under its names) as that of our `MoEBlock`."""
+        return rename(tensors, {stock: ours for ours, stock in self.names.items()})
+
+    def to_stock(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `to_block`."""
+        return rename(tensors, self.names)
+
+
+def rename(tensors: Mapping[str, Tensor], children: Mapping[str, str]) -> dict[str, Tensor]:
+    """Exchange the first component of each name."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        child, dot, rest = name.partition(".")
+        renamed[children.get(child, child) + dot + rest] = tensor
+    return renamed
+
+
+def unsupported(config: PreTrainedConfig, field: str, problem: str, remedy: str) -> UnsupportedModel:
+    """The error for a config field that a spec can't say."""
+    return UnsupportedModel(f"{config.model_type}: {field} = {getattr(config, field)!r} {problem}; {remedy}")
+
+
+def read_balance(config: PreTrainedConfig, layers: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The balance loss that the stock head adds, if it does.
+
+    transformers pools all MoE layers into one loss that is K times larger than ours, which is summed over layers. With
+    this coefficient both have the same value and gradient whenever all layers have the same load.
+    """
+    if not (config.output_router_logits and config.router_aux_loss_coef):
+        return []
+    num_layers = len(LayerPlacement.from_dict(layers).indices(config.num_hidden_layers))
+    coefficient = config.router_aux_loss_coef * config.num_experts_per_tok / num_layers
+    return [{"type": "load_balancing", "coefficient": coefficient, "scope": "batch"}]
+
+
+def activation_field(config: PreTrainedConfig, spec: MoESpec) -> dict[str, Any]:
+    """`hidden_act` for the experts of `spec`, unless dense layers, which share the field, remain."""
+    all_moe = len(spec.layers.indices(config.num_hidden_layers)) == config.num_hidden_layers
+    return {"hidden_act": spec.experts.activation} if all_moe and spec.experts.activation in ACTIVATIONS else {}
