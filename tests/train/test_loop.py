@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tests.train.builders import DOMAINS, data_config, tiny_run
+from torch import Tensor
+
+from moesaic.errors import TrainingError
+from moesaic.train import Trainer, load_model, read_metrics, train
+
+
+def comparable(path) -> list[dict]:
+    """Metrics without what depends on the clock."""
+    return [{**record, "tokens_per_second": None} for record in read_metrics(path)]
+
+
+@pytest.mark.parametrize(
+    ("moe", "settings"),
+    [
+        (True, {}),
+        (False, {}),
+        (True, {"precision": "bf16", "accumulation_steps": 2, "schedule": {"type": "wsd"}}),
+    ],
+)
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(data, tmp_path, monkeypatch, moe, settings):
+    # With dropout, this is only so if random number generators are restored too.
+    run = tiny_run(data.config, moe=moe, dropout=0.1, **settings)
+    whole = train(run, tmp_path / "whole", data=data, progress=False)
+
+    step = Trainer.train_step
+
+    def killed_in_step_7(trainer: Trainer):
+        if trainer.step == 6:
+            raise InterruptedError
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", killed_in_step_7)
+    with pytest.raises(InterruptedError):
+        train(run, tmp_path / "killed", data=data, progress=False)
+    monkeypatch.undo()
+    resumed = train(run, tmp_path / "killed", resume=True, data=data, progress=False)
+
+    assert comparable(resumed.metrics_file) == comparable(whole.metrics_file)
+    assert [record["step"] for record in read_metrics(whole.metrics_file) if record["type"] == "train"] == [
+        *range(1, 9)
+    ]
+    assert resumed.validation == whole.validation
+    expected = load_model(whole.checkpoint).state_dict()
+    assert all(
+        torch.equal(tensor, expected[name]) for name, tensor in load_model(resumed.checkpoint).state_dict().items()
+    )
+
+
+def test_auto_starts_then_finds_nothing_left_to_do(data, tmp_path):
+    run = tiny_run(data.config)
+    first = train(run, tmp_path, resume="auto", data=data, progress=False)
+    again = train(run, tmp_path, resume="auto", data=data, progress=False)
+    assert first.finished
+    assert again.finished
+    assert (again.step, again.tokens, again.checkpoint) == (first.step, first.tokens, first.checkpoint)
+    assert again.validation == first.validation
+    assert again.tokens_per_second == 0
+    assert again.exit_code == 0
+
+
+def test_data_is_prepared_from_the_run_when_not_given(corpus, tmp_path):
+    run = tiny_run(data_config(corpus), steps=1)
+    result = train(run, tmp_path, cache_dir=corpus / "cache", progress=False)
+    assert set(result.validation) == set(DOMAINS)
+    assert (tmp_path / "run.yaml").read_text() == run.to_yaml()
+
+
+@pytest.mark.parametrize("moe", [True, False])
+def test_the_model_learns_a_repetitive_corpus(data, tmp_path, moe):
+    schedule = {"type": "wsd", "warmup_steps": 5}
+    run = tiny_run(data.config, moe=moe, steps=60, learning_rate=1e-2, schedule=schedule, eval_every=None)
+    result = train(run, tmp_path, data=data, progress=False)
+    losses = [record["loss"] for record in read_metrics(result.metrics_file) if record["type"] == "train"]
+    assert losses[0] == pytest.approx(math.log(len(data.tokenizer)), abs=0.3)
+    assert losses[-1] < losses[0] - 2
+    assert all(evaluation.loss < losses[0] - 2 for evaluation in result.validation.values())
+
+
+def gradients_of_a_step(trainer: Trainer) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of the next step, as the optimiser sees them."""
+    found: dict[str, Tensor] = {}
+
+    def keep(optimizer, args, kwargs) -> None:
+        found.update({name: p.grad.clone() for name, p in trainer.model.named_parameters()})
+
+    trainer.optimizer.register_step_pre_hook(keep)
+    metrics = trainer.train_step()
+    return metrics.loss + sum(metrics.aux_losses.values()), found
+
+
+@pytest.mark.parametrize("moe", [True, False])
+def test_four_batches_of_one_equal_one_of_four(data, make_trainer, moe):
+    found = []
+    for accumulation, size in ((4, 1), (1, 4)):
+        config = type(data.config).from_dict({**data.config.to_dict(), "batch_size": size})
+        run = tiny_run(config, moe=moe, accumulation_steps=accumulation, gradient_clip=None)
+        resized = type(data)(config, data.tokenizer, data.train, data.validation, data.summary, data.folder)
+        found.append(gradients_of_a_step(make_trainer(run, resized)))
+    (split_loss, split), (whole_loss, whole) = found
+    assert split_loss == pytest.approx(whole_loss, abs=1e-6)
+    torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_checkpointing_changes_no_number(data, make_trainer):
+    plain = gradients_of_a_step(make_trainer(tiny_run(data.config)))
+    recomputed = gradients_of_a_step(make_trainer(tiny_run(data.config, gradient_checkpointing=True)))
+    torch.testing.assert_close(recomputed, plain)
+
+
+def test_bf16_computes_in_bfloat16_and_keeps_float32_weights(data, make_trainer):
+    trainer = make_trainer(tiny_run(data.config, precision="bf16"))
+    dtypes = []
+    trainer.model.lm_head.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    metrics = trainer.train_step()
+    trainer.evaluate()
+    assert set(dtypes) == {torch.bfloat16}
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    assert metrics.loss == pytest.approx(make_trainer(tiny_run(data.config)).train_step().loss, rel=0.02)
+
+
+def test_gradients_are_clipped_to_the_norm(data, make_trainer):
+    _, clipped = gradients_of_a_step(make_trainer(tiny_run(data.config, gradient_clip=0.01)))
+    norm = torch.stack([gradient.norm() for gradient in clipped.values()]).norm().item()
+    assert norm == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_step_reports_its_schedule_tokens_and_balance(data, make_trainer):
+    run = tiny_run(data.config, accumulation_steps=2, schedule={"type": "cosine", "warmup_steps": 4})
+    trainer = make_trainer(run)
+    metrics = [trainer.train_step() for _ in range(2)]
+    assert [found.learning_rate for found in metrics] == pytest.approx([0.00025, 0.0005])
+    assert [found.tokens for found in metrics] == [256, 512]
+    assert set(metrics[0].max_violation) == {0, 1}
+    assert 0 < metrics[0].balance["worst"] <= 1
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_does_harm(data, make_trainer):
+    trainer = make_trainer(tiny_run(data.config))
+    trainer.train_step()
+    checkpoint = trainer.save()
+    with torch.no_grad():
+        trainer.model.lm_head.weight[0, 0] = math.nan
+    with pytest.raises(
+        TrainingError, match=r"step 2: the cross entropy is nan\. The last good checkpoint is .*00001\."
+    ):
+        trainer.train_step()
+    assert all(tensor.isfinite().all() for tensor in load_model(checkpoint).state_dict().values())
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights(data, make_trainer):
+    trainer = make_trainer(tiny_run(data.config))
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(
+        TrainingError, match=r"step 1: the gradient norm is (inf|nan)\. There is no checkpoint yet\. Try"
+    ):
+        trainer.train_step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_as_an_eager_one(data, make_trainer):
+    eager = make_trainer(tiny_run(data.config)).train_step()
+    compiled = make_trainer(tiny_run(data.config, compile=True)).train_step()
+    assert compiled.loss == pytest.approx(eager.loss, rel=1e-4)
+    assert compiled.max_violation == eager.max_violation
