@@ -35,11 +35,14 @@ class LayerPlacement(Config):
             beyond = [index for index in self.only if index >= num_layers]
             if beyond:
                 raise ConfigError("layers.only", beyond[0], "is not a layer", f"choose 0 to {num_layers - 1}")
-            return tuple(sorted(set(self.only)))
-        chosen = tuple(range(self.first_dense + self.every - 1, num_layers, self.every))
+        rule = range(self.first_dense + self.every - 1, num_layers, self.every)
+        chosen = tuple(sorted(set(rule if self.only is None else self.only)))
         if not chosen:
             raise ConfigError(
-                "layers", self.to_dict(), f"leaves no MoE layer among {num_layers}", "lower first_dense or every"
+                "layers",
+                self.to_dict(),
+                f"leaves no MoE layer among {num_layers}",
+                "lower first_dense or every, or name layers in only",
             )
         return chosen
 

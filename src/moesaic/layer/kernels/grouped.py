@@ -18,7 +18,8 @@ from moesaic.layer.order import order, restore
 def run(weights: ExpertWeights, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """The same function as the `loop` kernel, within rounding."""
     output_dtype = x_TD.dtype
-    if torch.is_autocast_enabled(x_TD.device.type):
+    # Like torch's own linear, autocast leaves float64 alone.
+    if torch.is_autocast_enabled(x_TD.device.type) and x_TD.dtype != torch.float64:
         x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
     by_expert = order(index_TK, weights.num_experts)
     rows_SD = x_TD[by_expert.token_S]

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from moesaic.errors import UnsupportedKernel
+
 
 @dataclass(frozen=True)
 class ExpertWeights:
@@ -38,7 +40,15 @@ class ExpertWeights:
 
         Read are the flags `has_gate`, `has_bias`, `is_transposed` (weights stored (in, out)), the parameters
         `gate_up_proj` or `up_proj`, `down_proj`, their `_bias`, and `_apply_gate` or `act_fn`. No weight is copied.
+
+        Raises:
+            UnsupportedKernel: if a norm follows each expert, which no kernel here computes.
         """
+        if getattr(module, "has_post_expert_norm", False):
+            raise UnsupportedKernel(
+                f"{type(module).__name__}.has_post_expert_norm = True cannot be computed by these kernels; "
+                "set experts_implementation to eager or grouped_mm for this model"
+            )
         name = "gate_up_proj" if module.has_gate else "up_proj"
         up, down = getattr(module, name), module.down_proj
         if module.is_transposed:

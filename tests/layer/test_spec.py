@@ -1,0 +1,130 @@
+"""The spec: placement of MoE layers, round trips, and errors that say where in the section they stand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesaic.errors import ConfigError
+from moesaic.layer import LayerPlacement, LoadBalancing, MoESpec
+
+FULL: dict[str, Any] = {
+    "experts": {"num_experts": 8, "intermediate_size": 16, "bias": True, "kernel": "loop"},
+    "router": {
+        "type": "top_k",
+        "top_k": 3,
+        "score_function": "sigmoid",
+        "normalize_top_k": True,
+        "normalization_epsilon": 1e-20,
+        "scaling_factor": 2.5,
+        "selection_bias": True,
+        "num_groups": 4,
+        "top_k_groups": 2,
+        "group_score": "top2_sum",
+    },
+    "shared_experts": {"num_experts": 2, "sigmoid_gate": True},
+    "layers": {"first_dense": 1, "every": 2},
+    "balance": [
+        {"type": "load_balancing", "coefficient": 0.01, "scope": "batch"},
+        {"type": "z_loss", "coefficient": 1},
+    ],
+    "dropout": 0.1,
+}
+SMALL: dict[str, Any] = {
+    "experts": {"num_experts": 4, "intermediate_size": 8},
+    "router": {"type": "top_k", "top_k": 2},
+}
+
+
+def nested(base: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """`base` with one value set."""
+    head, _, rest = path.partition(".")
+    return {**base, head: nested(base.get(head, {}), rest, value) if rest else value}
+
+
+@pytest.mark.parametrize("values", [SMALL, FULL], ids=["small", "full"])
+def test_round_trips_through_dict_and_yaml(values: dict[str, Any], tmp_path: Path) -> None:
+    spec = MoESpec.from_dict(values)
+    assert MoESpec.from_dict(spec.to_dict()) == spec
+    path = tmp_path / "moe.yaml"
+    path.write_text(spec.to_yaml(), encoding="utf-8")
+    assert MoESpec.from_yaml(path) == spec
+
+
+def test_values_arrive() -> None:
+    spec = MoESpec.from_dict(FULL)
+    assert (spec.experts.num_experts, spec.router.top_k, spec.router.normalization_epsilon) == (8, 3, 1e-20)
+    assert spec.balance[0] == LoadBalancing(coefficient=0.01, scope="batch")
+    assert spec.shared_width == 32
+    assert MoESpec.from_dict(SMALL).shared_width == 0
+
+
+def test_overrides_reach_into_lists(tmp_path: Path) -> None:
+    path = tmp_path / "moe.yaml"
+    path.write_text(MoESpec.from_dict(FULL).to_yaml(), encoding="utf-8")
+    spec = MoESpec.from_yaml(path, ["router.top_k=4", "balance.1.coefficient=0.5", "shared_experts=null"])
+    assert (spec.router.top_k, spec.balance[1].coefficient, spec.shared_experts) == (4, 0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("rule", "indices"),
+    [
+        ({}, (0, 1, 2, 3, 4, 5)),
+        ({"first_dense": 1}, (1, 2, 3, 4, 5)),
+        ({"every": 2}, (1, 3, 5)),
+        ({"every": 4}, (3,)),
+        ({"first_dense": 1, "every": 2}, (2, 4)),
+        ({"only": [4, 0, 4]}, (0, 4)),
+    ],
+)
+def test_placement(rule: dict[str, Any], indices: tuple[int, ...]) -> None:
+    assert LayerPlacement.from_dict(rule).indices(6) == indices
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"first_dense": 6}, r"layers = .*leaves no MoE layer among 6; lower first_dense or every"),
+        ({"every": 7}, r"layers = .*leaves no MoE layer among 6"),
+        ({"only": []}, r"layers = .*leaves no MoE layer among 6; .*name layers in only"),
+        ({"only": [2, 6]}, r"layers\.only = 6 is not a layer; choose 0 to 5"),
+    ],
+)
+def test_placement_that_does_not_fit_the_model_is_refused(rule: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        LayerPlacement.from_dict(rule).indices(6)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("router.top_k", 5, r"moe\.router\.top_k = 5 is larger than num_experts \(4\); choose 1 to 4"),
+        ("router.topk", 2, r"moe\.router\.topk = 2 is not a known key; did you mean 'top_k'\?"),
+        ("experts.num_expert", 8, r"moe\.experts\.num_expert = 8 is not a known key; did you mean 'num_experts'\?"),
+        ("experts", None, r"moe\.experts = None is not valid"),
+        ("dropout", 1.0, r"moe\.dropout = 1\.0 is not valid; input should be less than 1"),
+        ("layers.every", 0, r"moe\.layers\.every = 0 is not valid; input should be greater than 0"),
+        (
+            "balance",
+            [{"type": "z_loss", "coefficient": 1}, {"type": "z_loss", "coefficient": 2}],
+            r"moe\.balance = \['z_loss', 'z_loss'\] names a loss twice; keep one entry for each type",
+        ),
+        ("shared_experts.width", 3, r"moe\.shared_experts\.width = 3 is not a known key; known here: "),
+        (
+            "router.num_groups",
+            2,
+            r"moe\.router\.top_k_groups = None is missing: num_groups and top_k_groups go together; set both or neither",
+        ),
+    ],
+)
+def test_errors_name_the_place_the_value_and_the_remedy(path: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        MoESpec.from_dict(nested(SMALL, path, value), where="moe")
+
+
+def test_shared_experts_do_not_go_with_clamped_swiglu() -> None:
+    experts = {**SMALL["experts"], "activation": "clamped_swiglu", "swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+    with pytest.raises(ConfigError, match=r"^shared_experts = .* can't use clamped_swiglu; use silu"):
+        MoESpec.from_dict({**SMALL, "experts": experts, "shared_experts": {}})
