@@ -18,9 +18,11 @@ from moesaic.errors import ConfigError
 
 
 class Config(BaseModel):
-    """Base of all configuration objects: immutable, keyword only, no unknown keys."""
+    """Base of all configuration objects: immutable, keyword only, no unknown keys, no infinite numbers or NaN."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "") -> Self:
@@ -60,14 +62,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read one YAML mapping.
 
     Raises:
-        ConfigError: if there is no such file or it does not hold a mapping.
+        ConfigError: if there is no such file, or it is not UTF-8 YAML that holds a mapping.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError("config", str(path), "is not a file", "give the path of a YAML file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(
             "config", str(path), f"is not valid YAML ({' '.join(str(error).split())})", "correct that line"
         ) from None
@@ -80,7 +82,8 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
     """Return `values` with each `a.b=c` set; the right side is read as YAML (`3`, `true`, `[1, 2]`, `null`).
 
     Raises:
-        ConfigError: if an override has no `=`, or its path runs through something that is not a mapping.
+        ConfigError: if an override has no `=`, its right side is not YAML, or its path runs through something that is
+            not a mapping.
     """
     result = _copy(values)
     for override in overrides:
@@ -94,7 +97,12 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
             if node is None or not isinstance(node, dict | list):
                 path = ".".join(parents[: depth + 1])
                 raise ConfigError("--set", override, f"goes through {path}, which is not a mapping", "check the path")
-        value = yaml.safe_load(text)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(
+                "--set", override, "has a right side that is not YAML", "put it in quotes to set a string"
+            ) from None
         if isinstance(node, list):
             node[_index(node, last, override)] = value
         else:
@@ -111,7 +119,7 @@ def _copy(values: Any) -> Any:
 
 
 def _index(node: list, part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
+    if not part.isdecimal() or int(part) >= len(node):
         raise ConfigError("--set", override, f"needs a list index where it says {part!r}", f"use 0 to {len(node) - 1}")
     return int(part)
 
@@ -121,14 +129,15 @@ def _element(node: list, part: str, override: str) -> Any:
 
 
 def _readable(error: ValidationError, model: type[BaseModel], where: str) -> ConfigError:
-    """The first problem of a pydantic error as a `ConfigError` with the field's path, its value and a remedy."""
+    """The most telling problem of a pydantic error as a `ConfigError` with the field's path, its value and a remedy."""
     # A ConfigError raised inside a validator already says everything but where it stands.
     for detail in error.errors():
         inner = detail.get("ctx", {}).get("error")
         if isinstance(inner, ConfigError):
             field = ".".join(filter(None, [where, *_walk(model, detail["loc"])[0], inner.field]))
             return ConfigError(field, inner.value, inner.problem, inner.remedy)
-    detail = error.errors()[0]
+    # An unknown key before a missing one: mostly it is the missing one, misspelt.
+    detail = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     context, value = detail.get("ctx", {}), detail.get("input")
     steps, _ = _walk(model, detail["loc"])
     field = ".".join(filter(None, [where, *steps])) or model.__name__

@@ -36,7 +36,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success all files in it are fsynced and it is renamed to `path`.
 
-    An existing folder at `path` is replaced, and kept if anything fails before the rename.
+    An existing folder at `path` is replaced, and kept if anything fails. Between the two renames that replace it, a
+    process that is killed leaves it beside `path`, in a hidden folder that ends in `.old`.
+
+    Raises:
+        OSError: what the file system said; `path` is then as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,12 +49,10 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             _fsync(file)
+        _fsync(temporary)
         temporary.chmod(0o755)
         if path.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            path.rename(replaced / path.name)
-            temporary.rename(path)
-            shutil.rmtree(replaced, ignore_errors=True)
+            _replace_directory(path, temporary)
         else:
             temporary.rename(path)
         _fsync(path.parent)
@@ -62,6 +64,22 @@ def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path` atomically, UTF-8."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _replace_directory(path: Path, new: Path) -> None:
+    """Put `new` in the place of `path`, or leave `path` as it was and raise."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    try:
+        path.rename(aside / path.name)
+        new.rename(path)
+    except BaseException:
+        if not path.exists():
+            (aside / path.name).rename(path)
+        # Not rmtree: if the old folder could not go back, it is still in there.
+        with contextlib.suppress(OSError):
+            aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

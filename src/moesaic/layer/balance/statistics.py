@@ -15,7 +15,10 @@ def expert_load(routing: Routing, mask_T: Tensor | None = None) -> Tensor:
 
 
 def max_violation(load_N: Tensor) -> Tensor:
-    """MaxVio = max load / mean load - 1 (arXiv 2408.15664, eq. 4): 0 when balanced, N / K - 1 at collapse; 0 for no picks."""
+    """MaxVio = max load / mean load - 1 (arXiv 2408.15664, eq. 4).
+
+    0 when balanced or without picks, N / K - 1 at collapse.
+    """
     load_N = load_N.to(torch.float64)
     mean = load_N.mean()
     return (load_N.max() - mean) / mean.clamp(min=torch.finfo(torch.float64).tiny)
