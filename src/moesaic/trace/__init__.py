@@ -1,0 +1,30 @@
+"""Looking at a model: what its router did (`record`), what it costs (`account`), and both as a page (`write_report`)."""
+
+from __future__ import annotations
+
+from moesaic.trace.accounting import Accounting, account
+from moesaic.trace.metrics import (
+    TokenShare,
+    coactivation,
+    coactivation_counts,
+    load_shares,
+    relative_load,
+    top_tokens,
+)
+from moesaic.trace.record import LayerTrace, RoutingTrace, record
+from moesaic.trace.report import write_report
+
+__all__ = [
+    "Accounting",
+    "LayerTrace",
+    "RoutingTrace",
+    "TokenShare",
+    "account",
+    "coactivation",
+    "coactivation_counts",
+    "load_shares",
+    "record",
+    "relative_load",
+    "top_tokens",
+    "write_report",
+]
