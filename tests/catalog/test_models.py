@@ -1,0 +1,124 @@
+"""Presets as models: parameter counts against the published ones, specs against the stock families."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from moesaic.catalog import ParameterCount, preset, presets
+from moesaic.hf import MoesaicForCausalLM, build, read_backbone
+from moesaic.hf.conversion import CONVERSIONS, spec_from_config
+from moesaic.layer import LoadBalancing
+
+RELEASED = [name for name in presets() if not name.startswith("tiny-")]
+TINY = [name for name in presets() if name.startswith("tiny-")]
+STOCK = [name for name in RELEASED if not name.startswith("deepseekmoe-")]
+# Families whose stock head adds a balance loss with the coefficient of the release's config.
+STOCK_BALANCE = [name for name in STOCK if name.startswith(("mixtral", "qwen"))]
+
+
+@functools.cache
+def on_meta(name: str) -> MoesaicForCausalLM:
+    found = preset(name)
+    with torch.device("meta"):
+        return build(found.backbone, found.moe)
+
+
+def size(*modules: nn.Module | None) -> int:
+    """Parameters of the modules together, tied ones once."""
+    return sum({id(p): p.numel() for module in modules if module is not None for p in module.parameters()}.values())
+
+
+def counted(model: MoesaicForCausalLM, counts: str) -> int:
+    blocks = model.moe_blocks().values()
+    match counts:
+        case "model":
+            return size(model)
+        case "without_input_embedding":
+            return size(model) - size(model.get_input_embeddings())
+        case "without_embeddings":
+            return size(model) - size(model.get_input_embeddings(), model.get_output_embeddings())
+        case "experts":
+            return size(*(block.experts for block in blocks), *(block.shared_experts for block in blocks))
+    raise ValueError(counts)
+
+
+def idle(model: MoesaicForCausalLM) -> float:
+    """Parameters of routed experts that a token does not pick."""
+    spec = model.config.spec
+    routed = size(*(block.experts for block in model.moe_blocks().values()))
+    return routed * (1 - spec.router.top_k / spec.experts.num_experts)
+
+
+def assert_close(parameters: float, published: ParameterCount) -> None:
+    assert parameters / 1e9 == pytest.approx(published.billions, rel=published.tolerance)
+
+
+def flops_per_sequence(name: str, length: int) -> float:
+    """Training FLOPs of one sequence, 6 P T + 12 L T^2 h with P the active matrices without the input embedding."""
+    model, backbone = on_meta(name), preset(name).backbone
+    hidden, layers, vocab = (backbone[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
+    experts = counted(model, "experts") - idle(model)
+    dense = 3 * hidden * backbone["intermediate_size"] * (layers - len(model.moe_blocks()))
+    active = experts + dense + 4 * hidden**2 * layers + vocab * hidden
+    return 6 * active * length + 12 * layers * length**2 * hidden
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_parameter_counts_are_the_published_ones(name: str) -> None:
+    model, published = on_meta(name), preset(name).published
+    assert published is not None
+    assert_close(counted(model, published.total.counts), published.total)
+    assert_close(counted(model, published.active.counts) - idle(model), published.active)
+
+
+def test_deepseekmoe_counts_to_four_digits() -> None:
+    model = on_meta("deepseekmoe-16b")
+    assert size(model) / 1e9 == pytest.approx(16.37, abs=0.01)
+    assert (size(model) - idle(model)) / 1e9 == pytest.approx(2.82, abs=0.01)
+    model = on_meta("deepseekmoe-2b-validation")
+    assert counted(model, "experts") / 1e9 == pytest.approx(1.887, abs=0.001)
+    assert (counted(model, "experts") - idle(model)) / 1e9 == pytest.approx(0.236, abs=0.001)
+
+
+def test_deepseekmoe_flops_are_the_printed_ones() -> None:
+    assert flops_per_sequence("deepseekmoe-2b-validation", 2048) / 1e12 == pytest.approx(4.3, abs=0.05)
+    # Table 3 prints 74.4; the formula, which fits all of table 1, gives 75.8.
+    assert flops_per_sequence("deepseekmoe-16b", 4096) / 1e12 == pytest.approx(74.4, rel=0.02)
+
+
+def test_all_convertible_families_have_presets() -> None:
+    assert {preset(name).backbone["model_type"] for name in STOCK} == set(CONVERSIONS)
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_presets_say_what_the_stock_config_says(name: str) -> None:
+    found = preset(name)
+    assert found.moe.model_copy(update={"balance": ()}) == spec_from_config(read_backbone(found.backbone))
+
+
+@pytest.mark.parametrize("name", STOCK_BALANCE)
+def test_balance_losses_are_the_stock_ones(name: str) -> None:
+    found = preset(name)
+    stock = spec_from_config(read_backbone({**found.backbone, "output_router_logits": True}))
+    (ours,), (theirs,) = found.moe.balance, stock.balance
+    assert isinstance(ours, LoadBalancing)
+    assert isinstance(theirs, LoadBalancing)
+    assert ours.scope == theirs.scope
+    assert ours.coefficient == pytest.approx(theirs.coefficient)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_tiny_presets_run(name: str) -> None:
+    found = preset(name)
+    model = build(found.backbone, found.moe)
+    assert size(model) < 10e6
+    ids = torch.arange(16).view(2, 8)
+    output = model(ids, labels=ids)
+    output.loss.backward()
+    assert set(output.aux_losses) == {loss.name for loss in found.moe.balance}
+    gates = [parameter for block in model.moe_blocks().values() for parameter in block.gate.parameters()]
+    assert all(gate.grad is not None and gate.grad.abs().sum() > 0 for gate in gates)
