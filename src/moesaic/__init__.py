@@ -6,6 +6,7 @@ Importing it registers the model type "moesaic" with the Auto classes, and the e
 
 from __future__ import annotations
 
+from moesaic.catalog import preset
 from moesaic.hf import MoeCausalLMOutput, MoesaicConfig, MoesaicForCausalLM, MoesaicModel, build, convert, export
 from moesaic.layer import MoESpec
 from moesaic.transform import upcycle
@@ -21,5 +22,6 @@ __all__ = [
     "build",
     "convert",
     "export",
+    "preset",
     "upcycle",
 ]
