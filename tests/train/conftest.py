@@ -1,14 +1,25 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tests.train.builders import data_config, write_corpus
 
 from moesaic.data import PreparedData, prepare_data
 from moesaic.train import CheckpointStore, RunConfig, Trainer, build_model
 from moesaic.train.model import prepare_for_training, select_device
 from moesaic.train.rng import seed_all
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models here are so small that threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

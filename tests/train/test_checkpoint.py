@@ -150,5 +150,5 @@ def test_a_folder_with_checkpoints_is_not_overwritten(trained, data):
 
 
 def test_resuming_needs_a_checkpoint(data, tmp_path):
-    with pytest.raises(TrainingError, match="there is no checkpoint in .* to resume from"):
+    with pytest.raises(TrainingError, match=r"there is no checkpoint in .* to resume from"):
         train(tiny_run(data.config), tmp_path, resume=True, data=data, progress=False)
