@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -23,8 +23,10 @@ class MoesaicConfig(PreTrainedConfig):
     """
 
     model_type = "moesaic"
-    sub_configs_defaults = {"backbone": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
-    keys_to_ignore_at_inference = ["past_key_values", "aux_losses", "router_logits", "routing"]
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "backbone": SubConfigSpec(config_class=AutoConfig, model_type="llama")
+    }
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "aux_losses", "router_logits", "routing"]
 
     backbone: dict | PreTrainedConfig | None = None
     moe: dict | None = None

@@ -58,5 +58,5 @@ def read(module: nn.Module) -> FeedForwardWeights | None:
 
 def _linear(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
     child = getattr(module, name)
-    weight = child.weight.t() if isinstance(child, Conv1D) else child.weight
+    weight = child.weight.t().contiguous() if isinstance(child, Conv1D) else child.weight
     return weight.detach(), None if child.bias is None else child.bias.detach()

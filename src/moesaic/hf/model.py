@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, GenerationMixin, PreTrainedModel
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from moesaic.hf.backbone import CONTEXT, build_backbone, moe_blocks
 from moesaic.hf.configuration import MoesaicConfig
@@ -34,8 +34,7 @@ class MoesaicPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _skip_keys_device_placement = ("past_key_values",)
-    _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
+    _keep_in_fp32_modules_strict = {"e_score_correction_bias"}  # noqa: RUF012 (transformers declares no ClassVar)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import FloatTensor, Tensor
+from torch import Tensor
 from transformers import Cache
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from moesaic.layer import RoutingContext
 
@@ -24,10 +24,10 @@ class MoeModelOutput(ModelOutput):
         routing: the routing of all MoE layers, if asked for.
     """
 
-    last_hidden_state: FloatTensor | None = None
+    last_hidden_state: Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[FloatTensor, ...] | None = None
-    attentions: tuple[FloatTensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
     routing: RoutingContext | None = None
 
@@ -48,11 +48,11 @@ class MoeCausalLMOutput(ModelOutput):
         routing: the routing of all MoE layers, if asked for.
     """
 
-    loss: FloatTensor | None = None
-    logits: FloatTensor | None = None
+    loss: Tensor | None = None
+    logits: Tensor | None = None
     aux_losses: dict[str, Tensor] | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[FloatTensor, ...] | None = None
-    attentions: tuple[FloatTensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
     routing: RoutingContext | None = None
