@@ -79,7 +79,7 @@ def make_trace(tokens: int = 200, top_k: int = TOP_K) -> RoutingTrace:
             records[layer] = Routing(index_TK, weight_TK, logits_TN, logits_TN, logits_TN)
         ids_T = torch.randint(0, 8, (tokens,), generator=generator)
         with trace.domain(domain):
-            trace._add(RoutingContext(token_ids_T=ids_T, records=records))
+            trace.add(RoutingContext(token_ids_T=ids_T, records=records))
     return trace
 
 

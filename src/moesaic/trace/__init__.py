@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moesaic.trace.accounting import Accounting, account
+from moesaic.trace.accounting import Accounting, Count, LayerPlan, account
 from moesaic.trace.metrics import (
     TokenShare,
     coactivation,
@@ -16,6 +16,8 @@ from moesaic.trace.report import write_report
 
 __all__ = [
     "Accounting",
+    "Count",
+    "LayerPlan",
     "LayerTrace",
     "RoutingTrace",
     "TokenShare",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, cast
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 from torch import nn
@@ -124,7 +125,7 @@ class Accounting:
         return Group(self._parts_table(), self._layers_table())
 
     def _parts_table(self) -> Table:
-        table = Table(title="Parameters", title_justify="left", show_footer=True)
+        table = Table(title="Parameters", title_justify="left", show_footer=True, box=SIMPLE_HEAD)
         table.add_column("part", footer="total")
         table.add_column("stored", footer=f"{self.total:,}", justify="right")
         table.add_column("active per token", footer=f"{self.active:,}", justify="right")
@@ -135,9 +136,12 @@ class Accounting:
         return table
 
     def _layers_table(self) -> Table:
-        table = Table("layers", "kind", "router", title="Layer plan", title_justify="left")
-        for name in ("experts", "picks", "expert width", "shared width", "stored", "active"):
-            table.add_column(name, justify="right")
+        table = Table(title="Layer plan", title_justify="left", box=SIMPLE_HEAD)
+        table.add_column("layers", no_wrap=True)
+        table.add_column("kind", no_wrap=True)
+        table.add_column("router", overflow="fold")
+        for name in ("experts", "picks", "expert\nwidth", "shared\nwidth", "stored", "active"):
+            table.add_column(name, justify="right", no_wrap=True)
         for layers, plan in self.layer_groups():
             sizes = (plan.num_experts, plan.top_k, plan.expert_width, plan.shared_width)
             counts = (plan.parameters.total, plan.parameters.active)

@@ -104,7 +104,8 @@ class RoutingTrace:
             return None
         return _concatenate(self._token_ids).long()
 
-    def _add(self, context: RoutingContext) -> None:
+    def add(self, context: RoutingContext) -> None:
+        """Add the routing of one forward pass; `record` calls it for every one."""
         mask_T = context.mask_T
         for layer, routing in context.records.items():
             if layer not in self.layers:
@@ -139,7 +140,7 @@ def record(model: nn.Module, *, keep: Keep = "tokens") -> Iterator[RoutingTrace]
     if keep not in ("counts", "tokens"):
         raise ConfigError("keep", keep, "is not one of the choices", "choose 'counts' or 'tokens'")
     trace = RoutingTrace(keep)
-    handle = _moesaic_model(model).add_routing_listener(trace._add)
+    handle = _moesaic_model(model).add_routing_listener(trace.add)
     try:
         yield trace
     finally:
