@@ -136,16 +136,17 @@ class Accounting:
         return table
 
     def _layers_table(self) -> Table:
-        table = Table(title="Layer plan", title_justify="left", box=SIMPLE_HEAD)
-        table.add_column("layers", no_wrap=True)
-        table.add_column("kind", no_wrap=True)
-        table.add_column("router", overflow="fold")
+        table = Table("layers", "kind", title="Layer plan", title_justify="left", box=SIMPLE_HEAD)
         for name in ("experts", "picks", "expert\nwidth", "shared\nwidth", "stored", "active"):
             table.add_column(name, justify="right", no_wrap=True)
-        for layers, plan in self.layer_groups():
+        groups = self.layer_groups()
+        for layers, plan in groups:
             sizes = (plan.num_experts, plan.top_k, plan.expert_width, plan.shared_width)
             counts = (plan.parameters.total, plan.parameters.active)
-            table.add_row(layers, plan.kind, plan.router, *(f"{n:,}" if n else "-" for n in sizes), *map(short, counts))
+            table.add_row(layers, plan.kind, *(f"{n:,}" if n else "-" for n in sizes), *map(short, counts))
+        # Routers differ in many fields: as a column they would squeeze the others.
+        table.caption = "\n".join(f"router of {layers}: {plan.router}" for layers, plan in groups if plan.router)
+        table.caption_justify = "left"
         return table
 
     def layer_groups(self) -> list[tuple[str, LayerPlan]]:
