@@ -25,6 +25,7 @@ from moesaic.data.packing import IGNORED_LABEL, Batch, PackedSequences
 from moesaic.data.prepare import PreparedData, prepare_data
 from moesaic.data.sources import read_documents
 from moesaic.data.summary import Amount, DataSummary
+from moesaic.data.text_batches import TextBatches
 from moesaic.data.tokenizer import load_tokenizer, train_tokenizer
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "PretrainedTokenizer",
     "PythonSource",
     "Source",
+    "TextBatches",
     "TextSource",
     "TokenBatches",
     "TokenizerConfig",

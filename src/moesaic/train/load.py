@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -16,8 +16,12 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
-def load_model(path: str | Path) -> PreTrainedModel:
-    """Load a causal language model in float32: a moesaic checkpoint, or any other folder or hub name.
+def load_model(path: str | Path, *, dtype: torch.dtype | Literal["auto"] = torch.float32) -> PreTrainedModel:
+    """Load a causal language model: a moesaic checkpoint, or any other folder or hub name.
+
+    Args:
+        path: folder or hub name.
+        dtype: dtype of the weights; "auto" keeps that of the checkpoint.
 
     Raises:
         CheckpointError: if a file is missing or damaged, or tensors do not fit the config.
@@ -26,7 +30,7 @@ def load_model(path: str | Path) -> PreTrainedModel:
         check_weight_files(path)
     try:
         with without_progress_bars():
-            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot load the model {path}: {' '.join(str(error).split())}") from error
     model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)

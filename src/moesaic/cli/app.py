@@ -1,0 +1,84 @@
+"""The command line application: commands, global options, and how errors end."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+from rich.logging import RichHandler
+from rich.markup import escape
+from transformers.utils import logging as transformers_logging
+
+import moesaic
+from moesaic.cli import convert, demo, evaluate, export, generate, inspect, train, upcycle
+from moesaic.cli.console import errors
+from moesaic.errors import MoesaicError
+
+app = typer.Typer(
+    name="moesaic",
+    help="Build, train, look at and use Mixture-of-Experts language models.",
+    epilog="Start with `moesaic demo`. Every command explains itself with --help.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo.command)
+app.command("train")(train.command)
+app.command("generate")(generate.command)
+app.command("eval")(evaluate.command)
+app.command("convert")(convert.command)
+app.command("upcycle")(upcycle.command)
+app.command("export")(export.command)
+app.command("inspect")(inspect.command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"moesaic {moesaic.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is chosen and why.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Build, train, look at and use Mixture-of-Experts language models."""
+    level = logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(
+        level=level, format="%(message)s", handlers=[RichHandler(console=errors, show_path=debug)], force=True
+    )
+    if not debug:
+        transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Entry point. A `MoesaicError`, a file system error or wrong usage ends with one message and exit code 2."""
+    debug = "--debug" in sys.argv
+    if debug:  # accepted before and after the command
+        sys.argv = [sys.argv[0], "--debug", *(argument for argument in sys.argv[1:] if argument != "--debug")]
+    try:
+        app()
+    except (MoesaicError, OSError) as error:
+        if debug:
+            raise
+        errors.print(f"[bold red]error:[/] {_message(error)}", markup=True, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        errors.print("interrupted")
+        sys.exit(130)
+
+
+def _message(error: MoesaicError | OSError) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f" ({error.filename})" if error.filename else ""
+        return escape(f"{error.strerror}{where}")
+    return escape(str(error))

@@ -1,0 +1,34 @@
+"""`moesaic convert`: a stock MoE checkpoint becomes one of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moesaic.cli.console import Json, emit_json, results
+from moesaic.cli.models import load, save
+from moesaic.hf import convert
+from moesaic.trace import account
+
+
+def command(
+    source: Annotated[Path, typer.Argument(help="Folder of a stock MoE model (mixtral, qwen3_moe, deepseek_v3, ...).")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of one file.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
+    json: Json = False,
+) -> None:
+    """Convert a stock transformers MoE model to moesaic's format, with the same logits.
+
+    Example: moesaic convert ./Qwen3-30B-A3B ./qwen3-moesaic
+    """
+    stock, folder = load(source)
+    model = convert(stock)
+    save(model, folder, output, max_shard_size=max_shard_size, overwrite=overwrite)
+    if json:
+        emit_json({"output": str(output), **account(model).to_dict()})
+        return
+    results.print(account(model))
+    results.print(f"Wrote {output}. Next: moesaic inspect {output}")

@@ -1,0 +1,94 @@
+"""`moesaic eval`: perplexity by domain, and tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moesaic.cli.console import Json, emit_json, results
+from moesaic.cli.models import load, tokenizer_of
+from moesaic.cli.texts import Texts, batches_of
+from moesaic.errors import ConfigError
+from moesaic.train import evaluate, overall
+
+
+def command(
+    model: Annotated[Path, typer.Argument(help="Folder of a model or of a training run.")],
+    texts: Texts = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-evaluation-harness tasks, comma separated.")] = None,
+    tasks_folder: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Batches of a domain, or examples of a task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 8,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a sequence of --text.")] = 256,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer, if it is not the model's.")] = None,
+    json: Json = False,
+) -> None:
+    """Measure perplexity on text, domain by domain, or run evaluation tasks.
+
+    Without --text and --tasks, a model of a training run is measured on the text that the run held out.
+
+    Example: moesaic eval runs/demo/moe --text code=src --text prose=README.md
+    """
+    network, folder = load(model)
+    tokens = tokenizer_of(folder, tokenizer)
+    report: dict[str, Any] = {}
+    if texts or not tasks:
+        with batches_of(texts, tokens, folder, batch_size=batch_size, sequence_length=sequence_length) as batches:
+            by_domain = evaluate(network, batches, max_batches=limit)
+        report["domains"] = {name: vars(evaluation) for name, evaluation in by_domain.items()}
+        report["overall"] = vars(overall(by_domain))
+    if tasks:
+        report["tasks"] = _run_tasks(network, tokens, tasks.split(","), tasks_folder, limit, batch_size)
+    if json:
+        emit_json(report)
+    else:
+        _print(report)
+
+
+def _run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[str],
+    folder: Path | None,
+    limit: int | None,
+    batch_size: int,
+) -> dict[str, dict[str, Any]]:
+    """Metrics by task."""
+    try:
+        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise ConfigError("--tasks", ",".join(tasks), "needs lm-eval", "pip install 'moesaic[eval]'") from None
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise ConfigError("--tasks", unknown[0], "is not a task", "see lm-eval ls tasks, or give --tasks-folder")
+    # lm-eval's decorators hide its signatures from type checkers.
+    wrapped = cast(Any, HFLM)(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    outcome = cast(Any, simple_evaluate)(
+        model=wrapped, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0
+    )
+    return {
+        task: {name: value for name, value in metrics.items() if isinstance(value, float)}
+        for task, metrics in outcome["results"].items()
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
+    if "domains" in report:
+        table = Table("domain", "loss", "perplexity", "tokens", title="Held-out text")
+        rows = {**report["domains"], "all": report["overall"]}
+        for name, row in rows.items():
+            table.add_row(name, f"{row['loss']:.4f}", f"{row['perplexity']:.2f}", f"{row['tokens']:,}")
+        results.print(table)
+    if "tasks" in report:
+        table = Table("task", "metric", "value", title="Tasks")
+        for task, metrics in report["tasks"].items():
+            for name, value in metrics.items():
+                table.add_row(task, name, f"{value:.4f}")
+        results.print(table)

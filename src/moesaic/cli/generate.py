@@ -1,0 +1,70 @@
+"""`moesaic generate`: text from a model, token by token."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import torch
+import typer
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from moesaic.cli.console import Json, emit_json, errors
+from moesaic.cli.models import load, tokenizer_of
+
+
+class _Stream(TextStreamer):
+    """Prints words as they are complete, without the prompt."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        sys.stdout.write(text + ("\n" if stream_end else ""))
+        sys.stdout.flush()
+
+
+def command(
+    model: Annotated[Path, typer.Argument(help="Folder of a model or of a training run.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; - reads it from stdin.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the smallest set of this mass.")] = 0.95,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beam search with this many beams (not streamed).")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer, if it is not the model's.")] = None,
+    json: Json = False,
+) -> None:
+    """Continue a text with a model, printing tokens as they come.
+
+    Example: moesaic generate runs/demo/moe --prompt "def read_file(path):" --temperature 0.5
+    """
+    network, folder = load(model)
+    tokens = tokenizer_of(folder, tokenizer)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    # Nothing to continue means the start of a document.
+    inputs: Any = tokens(text or str(tokens.eos_token), return_tensors="pt", add_special_tokens=bool(text))
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    torch.manual_seed(seed)
+    begun = time.perf_counter()
+    output: Any = cast(Any, network).generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        streamer=None if json or num_beams > 1 else _Stream(tokens),
+        pad_token_id=tokens.pad_token_id if tokens.pad_token_id is not None else tokens.eos_token_id,
+        **sampling,
+    )
+    seconds = time.perf_counter() - begun
+    new = output[0, inputs["input_ids"].shape[1] :]
+    continuation = str(tokens.decode(new, skip_special_tokens=True))
+    if json:
+        rate = round(len(new) / seconds, 1)
+        emit_json({"prompt": text, "text": continuation, "tokens": len(new), "tokens_per_second": rate})
+    else:
+        if num_beams > 1:
+            sys.stdout.write(continuation + "\n")
+        errors.print(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s", style="dim")

@@ -1,0 +1,106 @@
+"""`moesaic inspect`: what a model is made of, and what its router does with text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from transformers import PreTrainedModel
+
+from moesaic.cli.console import Json, emit_json, results
+from moesaic.cli.models import load, model_folder, tokenizer_of
+from moesaic.cli.texts import BatchesByDomain, Texts, batches_of
+from moesaic.data import TrainBPE, load_tokenizer
+from moesaic.errors import ConfigError
+from moesaic.hf import MoesaicForCausalLM, build, convert, read_backbone
+from moesaic.layer.balance import max_violation
+from moesaic.trace import RoutingTrace, account, record, write_report
+from moesaic.train import RunConfig
+from moesaic.train.checkpoint import RUN_FILE
+
+
+def command(
+    model: Annotated[Path, typer.Argument(help="Folder of a model or of a training run, or the YAML file of a run.")],
+    texts: Texts = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", "-r", help="HTML file to write: the routing of text.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Trace about this many tokens of each domain.")] = 20_000,
+    context_length: Annotated[int, typer.Option(min=1, help="Context for FLOPs per token.")] = 2048,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer, if it is not the model's.")] = None,
+    json: Json = False,
+) -> None:
+    """Print parameters (total and active), FLOPs per token and the layer plan; with text, draw the routing.
+
+    With --text or --report, the model reads text (of its own run if none is given) and a self-contained HTML page
+    shows expert load, balance, the tokens that experts prefer and which experts are picked together.
+
+    Example: moesaic inspect runs/demo/moe --report routing.html
+    """
+    if model.suffix in (".yaml", ".yml"):
+        if texts or report:
+            raise ConfigError("model", str(model), "has no weights to read text with", "give the folder of a model")
+        accounting = account(_on_meta(model), context_length=context_length)
+        emit_json(accounting.to_dict()) if json else results.print(accounting)
+        return
+    network, folder = load(model)
+    if not isinstance(network, MoesaicForCausalLM) and getattr(network.config, "num_experts_per_tok", None):
+        network = convert(network)
+    accounting = account(network, context_length=context_length)
+    summary = accounting.to_dict()
+    if not json:
+        results.print(accounting)
+    if texts or report:
+        report = report or Path("routing.html")
+        trace = _trace(network, texts, folder, tokenizer, max_tokens)
+        facts = {"model": str(model_folder(model)), "text": ", ".join(texts or ["held out by the training run"])}
+        names = tokenizer_of(folder, tokenizer)
+        write_report(report, trace, accounting, title=str(model), tokenizer=names, facts=facts)
+        violation = {layer: float(max_violation(found.load_N)) for layer, found in trace.layers.items()}
+        summary["routing"] = {"tokens": trace.num_tokens, "max_violation": violation, "report": str(report)}
+        if not json:
+            results.print(f"Routing of {trace.num_tokens:,} tokens: {report.resolve()}")
+    if json:
+        emit_json(summary)
+
+
+def _trace(
+    network: PreTrainedModel, texts: list[str] | None, folder: Path, tokenizer: Path | None, max_tokens: int
+) -> RoutingTrace:
+    tokens = tokenizer_of(folder, tokenizer)
+    with batches_of(texts, tokens, folder, batch_size=8, sequence_length=256) as batches:
+        return trace_batches(network, batches, max_tokens=max_tokens)
+
+
+@torch.no_grad()
+def trace_batches(network: PreTrainedModel, batches: BatchesByDomain, *, max_tokens: int) -> RoutingTrace:
+    """Routing of about `max_tokens` tokens of each domain."""
+    with record(network) as trace:
+        for domain, found in batches.items():
+            seen = 0
+            with trace.domain(domain):
+                for batch in found:
+                    real_BT = batch["document_ids"] >= 0
+                    network(input_ids=batch["input_ids"], attention_mask=real_BT.long(), use_cache=False)
+                    seen += int(real_BT.sum())
+                    if seen >= max_tokens:
+                        break
+    return trace
+
+
+def _on_meta(path: Path) -> PreTrainedModel:
+    """The model of a run without its weights: shapes are enough to count."""
+    run = RunConfig.from_yaml(path)
+    if run.initial_model is not None:
+        return load(Path(run.initial_model))[0]
+    if run.moe is None or run.backbone is None:
+        raise ConfigError(RUN_FILE, str(path), "has no moe section", "give the folder of a dense model instead")
+    backbone = run.backbone
+    if isinstance(backbone, dict) and "vocab_size" not in backbone:
+        wanted = run.data.tokenizer
+        size = wanted.vocab_size if isinstance(wanted, TrainBPE) else len(load_tokenizer(wanted.path))
+        backbone = {**backbone, "vocab_size": size}
+    with torch.device("meta"):
+        return build(read_backbone(backbone), run.moe)

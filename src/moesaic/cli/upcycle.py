@@ -1,0 +1,47 @@
+"""`moesaic upcycle`: a dense checkpoint becomes an MoE checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moesaic.cli.console import Json, Set, emit_json, results
+from moesaic.cli.models import load, save
+from moesaic.configuration import apply_overrides, read_yaml
+from moesaic.layer import MoESpec
+from moesaic.trace import account
+from moesaic.transform import copy_spec, upcycle
+
+
+def command(
+    source: Annotated[Path, typer.Argument(help="Folder of a dense model (llama, qwen3, gemma2, gpt2, ...).")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    num_experts: Annotated[int, typer.Option(min=1, help="Copies of each feed-forward network.")] = 8,
+    top_k: Annotated[int, typer.Option(min=1, help="Experts for each token.")] = 2,
+    config: Annotated[Path | None, typer.Option(help="YAML file whose `moe` section to use instead.")] = None,
+    overrides: Set = None,
+    noise: Annotated[float, typer.Option(min=0.0, help="Relative noise on each copy, to break their symmetry.")] = 0.0,
+    inexact: Annotated[bool, typer.Option(help="Accept logits that differ from the dense model's at step 0.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of router weights and noise.")] = 0,
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of one file.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
+    json: Json = False,
+) -> None:
+    """Make a Mixture-of-Experts model of a dense one by copying its feed-forward networks.
+
+    Before any training its logits are those of the dense model, unless --inexact allows otherwise.
+
+    Example: moesaic upcycle ./Qwen3-0.6B ./qwen3-8x --num-experts 8 --top-k 2 --set moe.layers.every=2
+    """
+    dense, folder = load(source)
+    values = read_yaml(config) if config else {"moe": copy_spec(dense, num_experts=num_experts, top_k=top_k).to_dict()}
+    spec = MoESpec.from_dict(apply_overrides(values, overrides or []).get("moe") or {}, where="moe")
+    model = upcycle(dense, spec, noise=noise, exact=not (inexact or noise), seed=seed)
+    save(model, folder, output, max_shard_size=max_shard_size, overwrite=overwrite)
+    if json:
+        emit_json({"output": str(output), **account(model).to_dict()})
+        return
+    results.print(account(model))
+    results.print(f"Wrote {output}. Next: moesaic inspect {output}")
