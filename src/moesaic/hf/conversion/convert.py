@@ -31,8 +31,8 @@ def convert(hf_moe_model: PreTrainedModel) -> MoesaicForCausalLM:
         raise UnsupportedModel(f"{type(hf_moe_model).__name__} is not a {stock_class.__name__}; load it as one")
     if getattr(hf_moe_model, "is_quantized", False):
         raise UnsupportedModel(
-            f"{config.model_type}: the weights are quantised ({config.quantization_config.quant_method}); "
-            "load the model with a quantization config that has dequantize=True"
+            f"{config.model_type}: the weights are quantised; load the model with a quantization config that has "
+            "dequantize=True, for gpt-oss Mxfp4Config(dequantize=True)"
         )
 
     def block_tensors(block: nn.Module) -> dict[str, Tensor]:

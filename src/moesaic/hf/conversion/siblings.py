@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -44,10 +43,10 @@ SIBLINGS: dict[str, Sibling] = {
     "llama": Sibling("mixtral", _attention_bias),
     "mistral": Sibling("mixtral", _nothing),
     "qwen3": Sibling("qwen3_moe", _sliding_layers, extra=("head_dim",)),
-    "granite": Sibling("granitemoe", _nothing),
+    "granite": Sibling("granitemoe", _nothing, extra=("head_dim",)),
 }
 
-# Not fields of a model, or written when it is saved.
+# Fields that say what a config is, not what it asks for.
 _BOOKKEEPING = {"model_type", "architectures", "transformers_version"}
 
 
@@ -66,6 +65,8 @@ def sparse_sibling(config: PreTrainedConfig) -> PreTrainedConfig:
     reason = sibling.refuses(config)
     if reason is not None:
         raise UnsupportedExport(f"backbone.{reason}")
-    known = AutoConfig.for_model(sibling.model_type).to_dict().keys() | set(sibling.extra)
-    values: dict[str, Any] = {name: value for name, value in config.to_dict().items() if name in known - _BOOKKEEPING}
+    known = AutoConfig.for_model(sibling.model_type).to_dict().keys() - _BOOKKEEPING
+    values = {name: value for name, value in config.to_dict().items() if name in known}
+    extra = {name: getattr(config, name, None) for name in sibling.extra}
+    values |= {name: value for name, value in extra.items() if value is not None}
     return AutoConfig.for_model(sibling.model_type, **values)
