@@ -47,7 +47,7 @@ clean: ## remove the environment, caches and built files; runs/ stays
 
 .venv/.installed-demo: .venv/.created $(REQUIREMENTS)
 	@echo "Installing moesaic into .venv (PyTorch is large: the first time takes minutes)"
-	$(INSTALL) ".[train,plots]"
+	$(INSTALL) .
 	@touch $@
 
 .venv/.installed-dev: .venv/.created $(REQUIREMENTS)

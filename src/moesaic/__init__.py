@@ -9,6 +9,7 @@ from __future__ import annotations
 from moesaic.catalog import preset
 from moesaic.hf import MoeCausalLMOutput, MoesaicConfig, MoesaicForCausalLM, MoesaicModel, build, convert, export
 from moesaic.layer import MoESpec
+from moesaic.trace import record
 from moesaic.transform import upcycle
 
 __version__ = "0.1.0"
@@ -23,5 +24,6 @@ __all__ = [
     "convert",
     "export",
     "preset",
+    "record",
     "upcycle",
 ]
