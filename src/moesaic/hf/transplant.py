@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -34,29 +35,12 @@ def transplant(source: PreTrainedModel, spec: MoESpec, block_tensors: BlockTenso
         spec: the MoE layers.
         block_tensors: maps the stock feed-forward module or MoE block of a layer to the state dict of our block.
     """
-    family = family_of(source.config)
     config = MoesaicConfig(backbone=copy.deepcopy(source.config), moe=spec.to_dict(), dtype=source.dtype)
     with torch.device("meta"):
         model = MoesaicForCausalLM(config)
-    backbone, stock = model.model.backbone, source.base_model
-    replaced = {f"{family.layers}.{index}.{family.feed_forward}." for index in model.moe_blocks()}
-
-    def kept(name: str) -> bool:
-        return not any(name.startswith(prefix) for prefix in replaced)
-
-    tensors = {name: tensor.detach().clone() for name, tensor in stock.named_parameters() if kept(name)}
-    buffers = {name: tensor.detach().clone() for name, tensor in stock.named_buffers() if kept(name)}
-    for index in model.moe_blocks():
-        path = f"{family.layers}.{index}.{family.feed_forward}"
-        block = block_tensors(stock.get_submodule(path))
-        tensors |= {f"{path}.{name}": tensor.detach().clone() for name, tensor in block.items()}
-    _assign(backbone, tensors | buffers)
-    head = source.get_output_embeddings()
-    _assign(model.lm_head, {name: tensor.detach().clone() for name, tensor in head.named_parameters()})
-    model.tie_weights()
-    model.set_attn_implementation(source.config._attn_implementation)
-    model.generation_config = copy.deepcopy(source.generation_config)
-    return model.train(source.training)
+    paths = _block_paths(model, source.config)
+    _move(source, source.base_model, model, model.model.backbone, dict(zip(paths, paths, strict=True)), block_tensors)
+    return model
 
 
 def transplant_back(
@@ -70,32 +54,49 @@ def transplant_back(
         block_tensors: maps our block to the state dict of the stock block.
     """
     backbone = model.model.backbone
-    ours, theirs = family_of(backbone.config), family_of(config)
     config.dtype = model.dtype
     with torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    replaced = {f"{ours.layers}.{index}.{ours.feed_forward}." for index in model.moe_blocks()}
-
-    def kept(name: str) -> bool:
-        return not any(name.startswith(prefix) for prefix in replaced)
-
-    named = [*backbone.named_parameters(), *backbone.named_buffers()]
-    tensors = {name: tensor.detach().clone() for name, tensor in named if kept(name)}
-    for index, block in model.moe_blocks().items():
-        path = f"{theirs.layers}.{index}.{theirs.feed_forward}"
-        tensors |= {f"{path}.{name}": tensor.detach().clone() for name, tensor in block_tensors(block).items()}
-    _assign(stock.base_model, tensors)
-    head = stock.get_output_embeddings()
-    _assign(head, {name: tensor.detach().clone() for name, tensor in model.lm_head.named_parameters()})
-    stock.tie_weights()
-    stock.set_attn_implementation(backbone.config._attn_implementation)
-    stock.generation_config = copy.deepcopy(model.generation_config)
-    return stock.train(model.training)
+    paths = dict(zip(_block_paths(model, backbone.config), _block_paths(model, config), strict=True))
+    _move(model, backbone, stock, stock.base_model, paths, block_tensors)
+    return stock
 
 
-def _assign(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put tensors in the place of all parameters and buffers of a module made on the meta device."""
-    expected = {name: value for name, value in [*module.named_parameters(), *module.named_buffers()]}
+def _block_paths(model: MoesaicForCausalLM, config: PreTrainedConfig) -> list[str]:
+    """Where a base model with `config` keeps the feed-forward modules or MoE blocks of our MoE layers."""
+    family = family_of(config)
+    return [f"{family.layers}.{index}.{family.feed_forward}" for index in model.moe_blocks()]
+
+
+def _move(
+    source: PreTrainedModel,
+    source_base: nn.Module,
+    target: PreTrainedModel,
+    target_base: nn.Module,
+    paths: Mapping[str, str],
+    block_tensors: BlockTensors,
+) -> None:
+    """Fill `target`, made on the meta device, from `source`; `paths` leads from each block to its counterpart."""
+    replaced = tuple(f"{path}." for path in paths)
+    named = [*source_base.named_parameters(), *source_base.named_buffers()]
+    tensors = {name: tensor for name, tensor in named if not name.startswith(replaced)}
+    for here, there in paths.items():
+        block = block_tensors(source_base.get_submodule(here))
+        tensors |= {f"{there}.{name}": tensor for name, tensor in block.items()}
+    _assign(target_base, tensors)
+    _assign(
+        cast(nn.Module, target.get_output_embeddings()),
+        dict(cast(nn.Module, source.get_output_embeddings()).named_parameters()),
+    )
+    target.tie_weights()
+    target.set_attn_implementation(cast(str, cast(PreTrainedConfig, source_base.config)._attn_implementation))
+    target.generation_config = copy.deepcopy(source.generation_config)
+    target.train(source.training)
+
+
+def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put copies of tensors in the place of all parameters and buffers of a module made on the meta device."""
+    expected = dict([*module.named_parameters(), *module.named_buffers()])
     missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing or unexpected:
         raise RuntimeError(f"weights do not fit: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
@@ -103,8 +104,8 @@ def _assign(module: nn.Module, tensors: dict[str, Tensor]) -> None:
         if expected[name].shape != tensor.shape:
             raise RuntimeError(f"{name}: shape {tuple(tensor.shape)} does not fit {tuple(expected[name].shape)}")
         path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
+        owner, copied = module.get_submodule(path), tensor.detach().clone()
         if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=expected[name].requires_grad)
+            owner._parameters[leaf] = nn.Parameter(copied, requires_grad=expected[name].requires_grad)
         else:
-            owner._buffers[leaf] = tensor
+            owner._buffers[leaf] = copied
