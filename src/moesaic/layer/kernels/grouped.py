@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moesaic.layer.kernels.weights import ExpertWeights
-from moesaic.layer.order import order, restore
+from moesaic.layer.permutation import order, restore
 
 
 def run(weights: ExpertWeights, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
