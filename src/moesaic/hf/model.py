@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +64,7 @@ class MoesaicModel(MoesaicPreTrainedModel):
         super().__init__(config)
         self.backbone = build_backbone(config.get_text_config(), config, config.spec)
         self.gradient_checkpointing = False
-        self._listeners: dict[int, RoutingListener] = {}
+        self._listeners: OrderedDict[int, RoutingListener] = OrderedDict()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -153,6 +154,8 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, GenerationMixin):
         embeddings = self.model.get_input_embeddings()
         name = next(name for name, module in self.model.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
+        # Kept because validating the spec in each forward pass is slow and can't be compiled.
+        self.balance = config.spec.balance
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -216,6 +219,7 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_router_logits=output_router_logits,
             output_routing=True,
+            return_dict=True,
             **kwargs,
         )
         hidden = output.last_hidden_state
@@ -230,7 +234,7 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, GenerationMixin):
         context: RoutingContext = output.routing
         if labels is not None or output_router_logits:
             weight_B = _sequence_weights(labels, context, logits, num_items_in_batch, kwargs.get("shift_labels"))
-            objective = BalanceObjective(self.config.spec.balance, weight_B)
+            objective = BalanceObjective(self.balance, weight_B)
             aux_losses = objective.by_name(context)
             if labels is not None:
                 loss = self.loss_function(
