@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from moesaic.layer.balance.objective import BalanceObjective
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,14 @@ class Routing:
         return self.index_TK.shape[-1]
 
 
+class Recomputed(Protocol):
+    """What adds a layer's balance gradient while the layer is recomputed; see `BalanceObjective`."""
+
+    def attach(self, y: Tensor, routing: Routing, context: RoutingContext) -> Tensor:
+        """`y` unchanged, whose backward also reaches the router."""
+        ...
+
+
 @dataclass
 class RoutingContext:
     """What belongs to one forward pass of a model: the tokens being routed and, layer by layer, their routing.
@@ -66,7 +71,7 @@ class RoutingContext:
     position_T: Tensor | None = None
     mask_T: Tensor | None = None
     records: dict[int, Routing] = field(default_factory=dict)
-    objective: BalanceObjective | None = None
+    objective: Recomputed | None = None
 
     def commit(self, layer: int, routing: Routing) -> None:
         """Keep the routing of `layer`. The first one stands: recomputation under checkpointing must not replace it."""
