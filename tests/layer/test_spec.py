@@ -128,3 +128,11 @@ def test_shared_experts_do_not_go_with_clamped_swiglu() -> None:
     experts = {**SMALL["experts"], "activation": "clamped_swiglu", "swiglu_alpha": 1.702, "swiglu_limit": 7.0}
     with pytest.raises(ConfigError, match=r"^shared_experts = .* can't use clamped_swiglu; use silu"):
         MoESpec.from_dict({**SMALL, "experts": experts, "shared_experts": {}})
+
+
+@pytest.mark.parametrize("rule", [{"first_dense": 1}, {"every": 2}])
+def test_a_list_of_layers_does_not_go_with_a_rule(rule: dict[str, int]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"only = \(1,\) does not go with first_dense or every; give the indices alone"
+    ):
+        LayerPlacement.from_dict({"only": [1], **rule})

@@ -25,6 +25,12 @@ class LayerPlacement(Config):
     every: PositiveInt = 1
     only: tuple[NonNegativeInt, ...] | None = None
 
+    @model_validator(mode="after")
+    def _one_way(self) -> LayerPlacement:
+        if self.only is not None and (self.first_dense, self.every) != (0, 1):
+            raise ConfigError("only", self.only, "does not go with first_dense or every", "give the indices alone")
+        return self
+
     def indices(self, num_layers: int) -> tuple[int, ...]:
         """Indices of the MoE layers of a model with `num_layers` layers.
 
