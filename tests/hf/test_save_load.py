@@ -192,6 +192,29 @@ def test_config_answers_for_its_backbone(llama: MoesaicForCausalLM) -> None:
         _ = config.not_a_field
 
 
+def test_config_writes_to_its_backbone(llama: MoesaicForCausalLM) -> None:
+    model = copy_of(llama)
+    model.config.use_cache = False
+    assert model.config.backbone.use_cache is False
+    assert "use_cache" not in model.config.to_dict()
+    assert model(token_ids()).past_key_values is None
+    model.config.output_router_logits = True
+    assert not hasattr(model.config.backbone, "output_router_logits")
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm", "moesaic"])
+def test_loading_with_an_experts_and_attention_implementation(
+    llama: MoesaicForCausalLM, tmp_path: Path, implementation: str
+) -> None:
+    llama.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, experts_implementation=implementation, attn_implementation="eager"
+    )
+    assert loaded.config._experts_implementation == implementation
+    assert loaded.model.backbone.config._attn_implementation == "eager"
+    torch.testing.assert_close(loaded(token_ids()).logits, llama(token_ids()).logits, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "missing",
     [

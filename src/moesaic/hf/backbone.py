@@ -43,7 +43,11 @@ class BackboneMoEBlock(MoEBlock):
 
 
 class _BackboneMixin:
-    """What a stock base model needs to initialise our modules inside it."""
+    """What a stock base model needs to hold our modules."""
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Our experts read the switch in their owner's config; dense families would refuse what is asked for there."""
+        return "eager"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -29,8 +29,8 @@ __all__ = [
     "WeightRenaming",
     "backbone_class",
     "causal_lm_class",
-    "experts_implementation",
     "initialization",
+    "on_meta_device",
     "register_conversion",
     "register_experts_function",
     "use_experts_implementation",
@@ -58,11 +58,6 @@ def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The model class with language-model head of a config."""
     found: Any = AutoModelForCausalLM._model_mapping[type(config)]
     return found
-
-
-def experts_implementation(config: PreTrainedConfig) -> str | None:
-    """The experts implementation a config asks for; None when it does not say."""
-    return config._experts_implementation
 
 
 def on_meta_device() -> bool:

@@ -13,8 +13,8 @@ from moesaic.layer import MoESpec
 class MoesaicConfig(PreTrainedConfig):
     """Configuration of a moesaic model.
 
-    Attributes that are not set here (`hidden_size`, `num_hidden_layers`, `rope_parameters`, ...) are read from the
-    backbone's config, so code that expects a decoder's config finds what it looks for.
+    Attributes that are not defined here (`hidden_size`, `vocab_size`, `use_cache`, ...) are read from and written to
+    the backbone's config, so code that expects a decoder's config works on this one.
 
     Args:
         backbone: config of the stock decoder whose feed-forward networks are replaced, or its dict.
@@ -62,3 +62,10 @@ class MoesaicConfig(PreTrainedConfig):
         if not name.startswith("_") and "_post_init_done" in self.__dict__:
             return getattr(self.__dict__["backbone"], name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        backbone = self.__dict__.get("backbone") if "_post_init_done" in self.__dict__ else None
+        if backbone is None or hasattr(type(self), name) or not hasattr(backbone, name) or name.startswith("_"):
+            super().__setattr__(name, value)
+        else:
+            setattr(backbone, name, value)

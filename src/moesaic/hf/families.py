@@ -89,6 +89,7 @@ REFUSED: dict[str, str] = {
     "bart": "it is an encoder-decoder",
     "mamba": "it has no feed-forward networks",
     "llama4": "its experts weight the input instead of the output",
+    "moesaic": "it has MoE layers already; give the backbone it was built on",
     "gemma3": "it is multimodal; use its text part (model type gemma3_text)",
 }
 

@@ -136,6 +136,13 @@ def _check_exact(spec: MoESpec, noise: float) -> None:
             "lets the weights of a token sum to less than 1, which changes the logits at step 0",
             "set it to true, or exact=False if that is meant",
         )
+    if router.normalize_top_k and router.normalization_epsilon > torch.finfo(torch.float32).eps:
+        raise ConfigError(
+            "moe.router.normalization_epsilon",
+            router.normalization_epsilon,
+            "lets the weights of a token sum to less than 1, which changes the logits at step 0",
+            "set it to 0, or exact=False if that is meant",
+        )
     if router.scaling_factor != 1.0:
         raise ConfigError(
             "moe.router.scaling_factor", router.scaling_factor, "changes the logits at step 0", "set it to 1.0"
