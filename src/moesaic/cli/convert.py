@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moesaic.cli.console import Json, emit_json, results
-from moesaic.cli.models import load, save
+from moesaic.cli.models import check_output, load, save
 from moesaic.hf import convert
 from moesaic.trace import account
 
@@ -24,9 +24,10 @@ def command(
 
     Example: moesaic convert ./Qwen3-30B-A3B ./qwen3-moesaic
     """
+    check_output(output, overwrite)
     stock, folder = load(source)
     model = convert(stock)
-    save(model, folder, output, max_shard_size=max_shard_size, overwrite=overwrite)
+    save(model, folder, output, max_shard_size=max_shard_size)
     if json:
         emit_json({"output": str(output), **account(model).to_dict()})
         return

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moesaic.cli.console import Json, emit_json, results
-from moesaic.cli.models import load, save
+from moesaic.cli.models import check_output, load, save
 from moesaic.errors import UnsupportedExport
 from moesaic.hf import MoesaicForCausalLM, export
 
@@ -26,11 +26,12 @@ def command(
 
     Example: moesaic export ./qwen3-moesaic ./Qwen3-back
     """
+    check_output(output, overwrite)
     model, folder = load(source)
     if not isinstance(model, MoesaicForCausalLM):
         raise UnsupportedExport(f"source = {str(source)!r} is a {type(model).__name__}, not a moesaic model")
     stock = export(model)
-    save(stock, folder, output, max_shard_size=max_shard_size, overwrite=overwrite)
+    save(stock, folder, output, max_shard_size=max_shard_size)
     if json:
         emit_json({"output": str(output), "architecture": type(stock).__name__})
     else:

@@ -47,14 +47,18 @@ def tokenizer_of(folder: Path, given: Path | None = None) -> PreTrainedTokenizer
     return load_tokenizer(str(given or folder))
 
 
-def save(model: PreTrainedModel, source: Path, target: Path, *, max_shard_size: str, overwrite: bool) -> None:
-    """Save a model, and the tokenizer of `source` if it has one, as a whole or not at all.
+def check_output(target: Path, overwrite: bool) -> None:
+    """Check that a model may be written to `target`; commands ask before they work.
 
     Raises:
         CheckpointError: if `target` exists and may not be replaced.
     """
     if target.exists() and not overwrite:
         raise CheckpointError(f"output = {str(target)!r} exists; choose another folder or pass --overwrite")
+
+
+def save(model: PreTrainedModel, source: Path, target: Path, *, max_shard_size: str) -> None:
+    """Save a model, and the tokenizer of `source` if it has one, in place of `target`: as a whole or not at all."""
     with atomic_directory(target) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if (source / "tokenizer_config.json").is_file():

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moesaic.cli.console import Json, Set, emit_json, results
-from moesaic.cli.models import load, save
+from moesaic.cli.models import check_output, load, save
 from moesaic.configuration import apply_overrides, read_yaml
 from moesaic.layer import MoESpec
 from moesaic.trace import account
@@ -35,11 +35,12 @@ def command(
 
     Example: moesaic upcycle ./Qwen3-0.6B ./qwen3-8x --num-experts 8 --top-k 2 --set moe.layers.every=2
     """
+    check_output(output, overwrite)
     dense, folder = load(source)
     values = read_yaml(config) if config else {"moe": copy_spec(dense, num_experts=num_experts, top_k=top_k).to_dict()}
     spec = MoESpec.from_dict(apply_overrides(values, overrides or []).get("moe") or {}, where="moe")
     model = upcycle(dense, spec, noise=noise, exact=not (inexact or noise), seed=seed)
-    save(model, folder, output, max_shard_size=max_shard_size, overwrite=overwrite)
+    save(model, folder, output, max_shard_size=max_shard_size)
     if json:
         emit_json({"output": str(output), **account(model).to_dict()})
         return

@@ -30,18 +30,34 @@ def load_model(path: str | Path, *, dtype: torch.dtype | Literal["auto"] = torch
         check_weight_files(path)
     try:
         with without_progress_bars():
-            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+            # Mismatches are refused below, with names; transformers' own error only points at its log.
+            loaded = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the weights in {path} do not fit its config.json: tensors are missing or cannot be joined; "
+            f"the folder mixes files of different models or lacks some"
+        ) from error
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot load the model {path}: {' '.join(str(error).split())}") from error
     model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
-            kind, names = problem.replace("_keys", ""), sorted(map(str, report[problem]))
+            kind, found = problem.replace("_keys", ""), sorted(map(_described, report[problem]))
             raise CheckpointError(
-                f"the weights in {path} do not fit its config.json: {len(names)} {kind} tensors, first {names[0]}; "
-                f"the folder mixes files of different models"
+                f"the weights in {path} do not fit its config.json: {len(found)} {kind} tensors, first {found[0]}; "
+                f"the folder mixes files of different models or lacks some"
             )
     return model
+
+
+def _described(entry: Any) -> str:
+    """An entry of transformers' loading report: a name, or a name with the shapes in the file and in the model."""
+    if isinstance(entry, str):
+        return entry
+    name, in_file, in_model = entry
+    return f"{name} with shape {tuple(in_file)} instead of {tuple(in_model)}"
 
 
 def check_weight_files(folder: str | Path) -> None:
