@@ -19,7 +19,7 @@ demo: .venv/.installed-demo ## train a small MoE beside a dense model, sample fr
 	$(BIN)/moesaic demo $(ARGS)
 
 test: .venv/.installed-dev ## run the test suite; ARGS are handed to pytest
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
 check: lint docs test ## everything that CI checks
 

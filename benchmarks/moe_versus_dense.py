@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def _run(seed: int, folder: Path, overrides: list[str]) -> Comparison:
-    run = demo_run([*overrides, f"train.seed={seed}", f"data.seed={seed}", "train.eval_every=25"])
+    run = demo_run([*overrides, f"train.seed={seed}", f"data.seed={seed}", "train.eval_every=50"])
     comparison = compare(run, folder)
     if comparison.dense is None or not comparison.dense.finished:
         raise SystemExit("interrupted; the same command goes on from here")

@@ -141,6 +141,6 @@ def _where(moe: TrainResult, output: Path, report: Path, seconds: float) -> str:
             f"  moesaic generate {output}/moe --prompt 'import os'",
             f"  moesaic eval {output}/moe",
             f"  moesaic inspect {output}/moe --text code=src --report src.html",
-            "  moesaic demo --restart --set moe.router.top_k=2 --set moe.experts.intermediate_size=192",
+            "  moesaic demo --restart --set moe.router.top_k=2 --set moe.experts.intermediate_size=144",
         ]
     )
