@@ -155,7 +155,8 @@ training steps, without evaluation and checkpoints.
 
 At equal tokens the MoE's loss is {abs(better):.3f} nats {"lower" if better < 0 else "higher"}. In the time that the dense
 model takes for all of its tokens, the MoE gets to {_spread(at_time)} (interpolated between evaluations), where the dense
-model ends at {_spread([arm.losses["all"] for arm in arms["dense"]])}.
+model ends at {_spread([arm.losses["all"] for arm in arms["dense"]])}. There the MoE's learning rate has not decayed yet, so
+that figure is higher than what a run planned for that time would reach.
 
 Measured on {_processor()} with {torch.get_num_threads()} threads, Python {platform.python_version()}, PyTorch
 {torch.__version__}, transformers {transformers.__version__}, moesaic {moesaic.__version__}.
