@@ -306,3 +306,26 @@ def test_choice_is_logged_once_with_its_reason(caplog: pytest.LogCaptureFixture)
     assert [record.getMessage() for record in caplog.records] == [
         f"expert kernel: {KERNELS[0].name} ({KERNELS[0].why})"
     ]
+
+
+@pytest.mark.parametrize("kernel", [kernel.name for kernel in KERNELS])
+def test_threads_do_not_change_the_result(kernel: str) -> None:
+    """Sums in an order that depends on timing would end exact resume."""
+    torch.manual_seed(0)
+    experts = Experts(ExpertsConfig(num_experts=16, intermediate_size=24, kernel=kernel), 64)
+    x_TD = torch.randn(2048, 64, requires_grad=True)
+    index_TK = torch.stack([torch.randperm(16)[:6] for _ in range(2048)])
+    weight_TK = torch.rand(2048, 6, requires_grad=True)
+    inputs = (x_TD, weight_TK, *experts.parameters())
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(experts(x_TD, index_TK, weight_TK).square().sum(), inputs)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        first = gradients()
+        for _ in range(5):
+            assert all(map(torch.equal, first, gradients()))
+    finally:
+        torch.set_num_threads(threads)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from moesaic.layer.balance import BalanceLoss, LoadBalancing, ZLoss, expert_load, max_violation, routing_entropy
 from moesaic.layer.block import MoEBlock
 from moesaic.layer.experts import Experts, ExpertsConfig
-from moesaic.layer.permutation import Order, order, restore
+from moesaic.layer.permutation import Order, gather, order, restore
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers import Router, RouterConfig, TopKConfig, TopKRouter
 from moesaic.layer.shared_experts import SharedExperts, SharedExpertsConfig
@@ -37,6 +37,7 @@ __all__ = [
     "TopKRouter",
     "ZLoss",
     "expert_load",
+    "gather",
     "max_violation",
     "order",
     "restore",

@@ -1,7 +1,8 @@
 """Order rows by expert, and restore token order: the permutation between a record and the experts' input.
 
-`order` groups the T*K picks so that each expert's rows are contiguous; `restore` takes the experts' outputs back to
-tokens, weighted and summed over the picks.
+`order` groups the T*K picks so that each expert's rows are contiguous; `gather` copies tokens to those rows, and
+`restore` takes the experts' outputs back to tokens, weighted and summed over the picks. All are deterministic, forward
+and backward, on every device and with any number of threads.
 """
 
 from __future__ import annotations
@@ -50,10 +51,15 @@ def order(index_TK: Tensor, num_experts: int) -> Order:
     return Order(pick_S=pick_S, row_S=row_S, counts_N=counts[:num_experts], top_k=index_TK.shape[-1])
 
 
+def gather(x_TD: Tensor, order: Order) -> Tensor:
+    """Copy each token to the rows of its picks, rows_SD, in expert order."""
+    return _Gather.apply(x_TD, order.pick_S, order.row_S, order.top_k)
+
+
 def restore(rows_SD: Tensor, order: Order, weight_TK: Tensor) -> Tensor:
     """Weight the experts' outputs and sum them for each token.
 
-    The sum runs over K in at least float32 and is cast once, to the dtype of `rows_SD`; it is deterministic.
+    The sum runs over K in at least float32 and is cast once, to the dtype of `rows_SD`.
 
     Args:
         rows_SD: outputs in expert order; rows that belong to no expert must be zero.
@@ -63,6 +69,35 @@ def restore(rows_SD: Tensor, order: Order, weight_TK: Tensor) -> Tensor:
     Returns:
         y_TD.
     """
-    picks_TKD = rows_SD[order.row_S].view(*weight_TK.shape, rows_SD.shape[-1])
+    picks_TKD = _Unsort.apply(rows_SD, order.pick_S, order.row_S).view(*weight_TK.shape, rows_SD.shape[-1])
     accumulate = torch.promote_types(rows_SD.dtype, torch.float32)
     return (picks_TKD.to(accumulate) * weight_TK.to(accumulate).unsqueeze(-1)).sum(1).to(rows_SD.dtype)
+
+
+# torch's own backward of indexing adds with atomics: with several threads the order of the K terms, and so the rounding,
+# would differ from run to run. Both backward passes here are plain gathers.
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, pick_S: Tensor, row_S: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(row_S)
+        ctx.top_k = top_k
+        return x_TD[pick_S // top_k]
+
+    @staticmethod
+    def backward(ctx, grad_SD: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (row_S,) = ctx.saved_tensors
+        return grad_SD[row_S].view(-1, ctx.top_k, grad_SD.shape[-1]).sum(1), None, None, None
+
+
+class _Unsort(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_SD: Tensor, pick_S: Tensor, row_S: Tensor) -> Tensor:
+        ctx.save_for_backward(pick_S)
+        return rows_SD[row_S]
+
+    @staticmethod
+    def backward(ctx, grad_SD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (pick_S,) = ctx.saved_tensors
+        return grad_SD[pick_S], None, None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moesaic.layer.kernels.weights import ExpertWeights
-from moesaic.layer.permutation import order, restore
+from moesaic.layer.permutation import gather, order, restore
 
 
 def run(weights: ExpertWeights, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def run(weights: ExpertWeights, x_TD: Tensor, index_TK: Tensor, weight_TK: Tenso
     if torch.is_autocast_enabled(x_TD.device.type) and x_TD.dtype != torch.float64:
         x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
     by_expert = order(index_TK, weights.num_experts)
-    rows_SD = x_TD[by_expert.token_S]
+    rows_SD = gather(x_TD, by_expert)
     up_SH = _project(rows_SD, weights.up_NHD, weights.up_bias_NH, by_expert.counts_N)
     down_SD = _project(weights.activate(up_SH), weights.down_NDF, weights.down_bias_ND, by_expert.counts_N)
     return restore(down_SD, by_expert, weight_TK).to(output_dtype)
