@@ -69,9 +69,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError("config", str(path), "is not a file", "give the path of a YAML file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(
+            "config", str(path), f"is not valid YAML ({at}{error.problem})", "correct that line"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(
-            "config", str(path), f"is not valid YAML ({' '.join(str(error).split())})", "correct that line"
+            "config", str(path), f"is not valid YAML ({' '.join(str(error).split())})", "give a UTF-8 text file"
         ) from None
     if not isinstance(values, dict):
         raise ConfigError("config", str(path), "does not hold a mapping", "write `key: value` lines at the top level")

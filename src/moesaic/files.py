@@ -60,6 +60,12 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def is_local(name: str | Path) -> bool:
+    """Whether `name` exists here, or can only be a path: the name of a model on a hub has one slash at most."""
+    path = Path(name).expanduser()
+    return path.exists() or path.is_absolute() or str(name).startswith(".") or len(path.parts) > 2
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path` atomically, UTF-8."""
     with atomic_file(path) as temporary:

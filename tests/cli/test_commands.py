@@ -73,7 +73,7 @@ def test_generate_with_beams_equals_transformers(cli: Cli, trained: Path) -> Non
     from moesaic.cli.models import load, tokenizer_of
 
     model, folder = load(trained)
-    tokenizer = tokenizer_of(folder)
+    tokenizer = tokenizer_of(folder, model)
     inputs = tokenizer("def", return_tensors="pt")
     beams = model.generate(
         input_ids=inputs["input_ids"],

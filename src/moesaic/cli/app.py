@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from typing import Annotated
 
+import torch
 import typer
+from huggingface_hub.utils import logging as hub_logging
 from rich.logging import RichHandler
 from rich.markup import escape
 from transformers.utils import logging as transformers_logging
@@ -15,6 +18,14 @@ import moesaic
 from moesaic.cli import convert, demo, evaluate, export, generate, inspect, train, upcycle
 from moesaic.cli.console import errors
 from moesaic.errors import MoesaicError
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space, then run the same command again",
+    errno.ENOTDIR: "a part of the path is a file; choose another path",
+    errno.EEXIST: "a part of the path is a file; choose another path",
+    errno.EISDIR: "give the path of a file",
+    errno.ENOENT: "check the path",
+}
 
 app = typer.Typer(
     name="moesaic",
@@ -55,30 +66,35 @@ def options(
     )
     if not debug:
         transformers_logging.set_verbosity_error()
+        hub_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
 
 def main() -> None:
-    """Entry point. A `MoesaicError`, a file system error or wrong usage ends with one message and exit code 2."""
+    """Entry point: runs a command and exits with its code.
+
+    A `MoesaicError`, a file system error or wrong usage ends with one message and code 2, anything unforeseen with one
+    message and code 1; the traceback is only shown with --debug.
+    """
     debug = "--debug" in sys.argv
     if debug:  # accepted before and after the command
         sys.argv = [sys.argv[0], "--debug", *(argument for argument in sys.argv[1:] if argument != "--debug")]
     try:
         app()
-    except (MoesaicError, OSError) as error:
+    except Exception as error:
         if debug:
             raise
-        errors.print(f"[bold red]error:[/] {_message(error)}", markup=True, highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        errors.print("interrupted")
-        sys.exit(130)
+        errors.print(f"[bold red]error:[/] {escape(_message(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2 if isinstance(error, MoesaicError | OSError) else 1)
 
 
-def _message(error: MoesaicError | OSError) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        where = f" ({error.filename})" if error.filename else ""
-        return escape(f"{error.strerror}{where}")
-    return escape(str(error))
+def _message(error: Exception) -> str:
+    if isinstance(error, MoesaicError):
+        return str(error)
+    if isinstance(error, OSError):
+        remedy = _REMEDIES.get(error.errno or 0, "check the path and its permissions")
+        return f"{error.filename or 'file system'}: {error.strerror or error}; {remedy}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the device is out of memory; use a smaller batch or model, or --debug to see where"
+    summary = " ".join(str(error).split())
+    return f"unexpected {type(error).__name__}: {summary}; --debug shows where, please report it with that output"

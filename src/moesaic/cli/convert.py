@@ -8,15 +8,16 @@ from typing import Annotated
 import typer
 
 from moesaic.cli.console import Json, emit_json, results
-from moesaic.cli.models import check_output, load, save
-from moesaic.hf import convert
+from moesaic.cli.models import ShardSize, check_output, load, save
+from moesaic.errors import UnsupportedModel
+from moesaic.hf import MoesaicForCausalLM, convert
 from moesaic.trace import account
 
 
 def command(
     source: Annotated[Path, typer.Argument(help="Folder of a stock MoE model (mixtral, qwen3_moe, deepseek_v3, ...).")],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
-    max_shard_size: Annotated[str, typer.Option(help="Largest size of one file.")] = "5GB",
+    max_shard_size: ShardSize = "5GB",
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
     json: Json = False,
 ) -> None:
@@ -26,6 +27,8 @@ def command(
     """
     check_output(output, overwrite)
     stock, folder = load(source)
+    if isinstance(stock, MoesaicForCausalLM):
+        raise UnsupportedModel(f"source = {str(source)!r} is a moesaic model already; use it as it is")
     model = convert(stock)
     save(model, folder, output, max_shard_size=max_shard_size)
     if json:

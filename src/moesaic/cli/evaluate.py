@@ -34,7 +34,7 @@ def command(
     Example: moesaic eval runs/demo/moe --text code=src --text prose=README.md
     """
     network, folder = load(model)
-    tokens = tokenizer_of(folder, tokenizer)
+    tokens = tokenizer_of(folder, network, tokenizer)
     report: dict[str, Any] = {}
     if texts or not tasks:
         with batches_of(texts, tokens, folder, batch_size=batch_size, sequence_length=sequence_length) as batches:
@@ -64,10 +64,14 @@ def _run_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise ConfigError("--tasks", ",".join(tasks), "needs lm-eval", "pip install 'moesaic[eval]'") from None
+    if folder is not None and not folder.is_dir():
+        raise ConfigError("--tasks-folder", str(folder), "is not a folder", "give the folder of your task files")
     manager = TaskManager(include_path=None if folder is None else str(folder))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
-        raise ConfigError("--tasks", unknown[0], "is not a task", "see lm-eval ls tasks, or give --tasks-folder")
+        raise ConfigError(
+            "--tasks", unknown[0], "is not a task", "`lm-eval ls tasks` lists them; --tasks-folder adds yours"
+        )
     # lm-eval's decorators hide its signatures from type checkers.
     wrapped = cast(Any, HFLM)(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     outcome = cast(Any, simple_evaluate)(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moesaic.cli.console import Json, emit_json, results
-from moesaic.cli.models import check_output, load, save
+from moesaic.cli.models import ShardSize, check_output, load, save
 from moesaic.errors import UnsupportedExport
 from moesaic.hf import MoesaicForCausalLM, export
 
@@ -16,7 +16,7 @@ from moesaic.hf import MoesaicForCausalLM, export
 def command(
     source: Annotated[Path, typer.Argument(help="Folder of a moesaic model.")],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
-    max_shard_size: Annotated[str, typer.Option(help="Largest size of one file.")] = "5GB",
+    max_shard_size: ShardSize = "5GB",
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
     json: Json = False,
 ) -> None:
@@ -29,7 +29,9 @@ def command(
     check_output(output, overwrite)
     model, folder = load(source)
     if not isinstance(model, MoesaicForCausalLM):
-        raise UnsupportedExport(f"source = {str(source)!r} is a {type(model).__name__}, not a moesaic model")
+        raise UnsupportedExport(
+            f"source = {str(source)!r} is a {type(model).__name__}, not a moesaic model; it needs no export"
+        )
     stock = export(model)
     save(stock, folder, output, max_shard_size=max_shard_size)
     if json:

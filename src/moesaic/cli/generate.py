@@ -9,10 +9,11 @@ from typing import Annotated, Any, cast
 
 import torch
 import typer
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from moesaic.cli.console import Json, emit_json, errors
 from moesaic.cli.models import load, tokenizer_of
+from moesaic.errors import ConfigError
 
 
 class _Stream(TextStreamer):
@@ -33,7 +34,7 @@ def command(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the smallest set of this mass.")] = 0.95,
     num_beams: Annotated[int, typer.Option(min=1, help="Beam search with this many beams (not streamed).")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of sampling.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer, if it is not the model's.")] = None,
     json: Json = False,
 ) -> None:
@@ -42,10 +43,11 @@ def command(
     Example: moesaic generate runs/demo/moe --prompt "def read_file(path):" --temperature 0.5
     """
     network, folder = load(model)
-    tokens = tokenizer_of(folder, tokenizer)
+    tokens = tokenizer_of(folder, network, tokenizer)
     text = sys.stdin.read() if prompt == "-" else prompt
     # Nothing to continue means the start of a document.
     inputs: Any = tokens(text or str(tokens.eos_token), return_tensors="pt", add_special_tokens=bool(text))
+    _check_length(network, inputs["input_ids"].shape[1], max_new_tokens)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
     begun = time.perf_counter()
@@ -68,3 +70,14 @@ def command(
         if num_beams > 1:
             sys.stdout.write(continuation + "\n")
         errors.print(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s", style="dim")
+
+
+def _check_length(model: PreTrainedModel, prompt_length: int, max_new_tokens: int) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and prompt_length + max_new_tokens > positions:
+        raise ConfigError(
+            "--max-new-tokens",
+            max_new_tokens,
+            f"after {prompt_length} tokens of prompt goes past the model's {positions} positions",
+            f"choose at most {positions - prompt_length}" if prompt_length < positions else "shorten the prompt",
+        )

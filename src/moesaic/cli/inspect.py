@@ -7,9 +7,9 @@ from typing import Annotated
 
 import torch
 import typer
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from moesaic.cli.console import Json, emit_json, results
+from moesaic.cli.console import Json, Set, emit_json, results
 from moesaic.cli.models import load, model_folder, tokenizer_of
 from moesaic.cli.texts import BatchesByDomain, Texts, batches_of
 from moesaic.data import TrainBPE, load_tokenizer
@@ -18,7 +18,6 @@ from moesaic.hf import MoesaicForCausalLM, build, convert, read_backbone
 from moesaic.layer.balance import max_violation
 from moesaic.trace import RoutingTrace, account, record, write_report
 from moesaic.train import RunConfig
-from moesaic.train.checkpoint import RUN_FILE
 
 
 def command(
@@ -30,6 +29,7 @@ def command(
     max_tokens: Annotated[int, typer.Option(min=1, help="Trace about this many tokens of each domain.")] = 20_000,
     context_length: Annotated[int, typer.Option(min=1, help="Context for FLOPs per token.")] = 2048,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer, if it is not the model's.")] = None,
+    overrides: Set = None,
     json: Json = False,
 ) -> None:
     """Print parameters (total and active), FLOPs per token and the layer plan; with text, draw the routing.
@@ -42,9 +42,13 @@ def command(
     if model.suffix in (".yaml", ".yml"):
         if texts or report:
             raise ConfigError("model", str(model), "has no weights to read text with", "give the folder of a model")
-        accounting = account(_on_meta(model), context_length=context_length)
+        accounting = account(_on_meta(model, overrides or []), context_length=context_length)
         emit_json(accounting.to_dict()) if json else results.print(accounting)
         return
+    if overrides:
+        raise ConfigError("--set", overrides[0], "changes nothing in a saved model", "inspect the YAML file of a run")
+    if report is not None and report.is_dir():
+        raise ConfigError("--report", str(report), "is a folder", "give the path of the HTML file to write")
     network, folder = load(model)
     if not isinstance(network, MoesaicForCausalLM) and getattr(network.config, "num_experts_per_tok", None):
         network = convert(network)
@@ -54,9 +58,10 @@ def command(
         results.print(accounting)
     if texts or report:
         report = report or Path("routing.html")
-        trace = _trace(network, texts, folder, tokenizer, max_tokens)
+        names = tokenizer_of(folder, network, tokenizer)
+        with batches_of(texts, names, folder, batch_size=8, sequence_length=256) as batches:
+            trace = trace_batches(network, batches, max_tokens=max_tokens)
         facts = {"model": str(model_folder(model)), "text": ", ".join(texts or ["held out by the training run"])}
-        names = tokenizer_of(folder, tokenizer)
         write_report(report, trace, accounting, title=str(model), tokenizer=names, facts=facts)
         violation = {layer: float(max_violation(found.load_N)) for layer, found in trace.layers.items()}
         summary["routing"] = {"tokens": trace.num_tokens, "max_violation": violation, "report": str(report)}
@@ -64,14 +69,6 @@ def command(
             results.print(f"Routing of {trace.num_tokens:,} tokens: {report.resolve()}")
     if json:
         emit_json(summary)
-
-
-def _trace(
-    network: PreTrainedModel, texts: list[str] | None, folder: Path, tokenizer: Path | None, max_tokens: int
-) -> RoutingTrace:
-    tokens = tokenizer_of(folder, tokenizer)
-    with batches_of(texts, tokens, folder, batch_size=8, sequence_length=256) as batches:
-        return trace_batches(network, batches, max_tokens=max_tokens)
 
 
 @torch.no_grad()
@@ -90,17 +87,17 @@ def trace_batches(network: PreTrainedModel, batches: BatchesByDomain, *, max_tok
     return trace
 
 
-def _on_meta(path: Path) -> PreTrainedModel:
-    """The model of a run without its weights: shapes are enough to count."""
-    run = RunConfig.from_yaml(path)
+def _on_meta(path: Path, overrides: list[str]) -> PreTrainedModel:
+    """The model of a run, MoE or dense, without its weights: shapes are enough to count."""
+    run = RunConfig.from_yaml(path, overrides)
     if run.initial_model is not None:
         return load(Path(run.initial_model))[0]
-    if run.moe is None or run.backbone is None:
-        raise ConfigError(RUN_FILE, str(path), "has no moe section", "give the folder of a dense model instead")
     backbone = run.backbone
+    assert backbone is not None, "RunConfig checks this"
     if isinstance(backbone, dict) and "vocab_size" not in backbone:
         wanted = run.data.tokenizer
         size = wanted.vocab_size if isinstance(wanted, TrainBPE) else len(load_tokenizer(wanted.path))
         backbone = {**backbone, "vocab_size": size}
+    config = read_backbone(backbone)
     with torch.device("meta"):
-        return build(read_backbone(backbone), run.moe)
+        return AutoModelForCausalLM.from_config(config) if run.moe is None else build(config, run.moe)

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Annotated, cast
 
+import typer
+from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic.data import load_tokenizer
-from moesaic.errors import CheckpointError
+from moesaic.data.tokenizer import vocabulary_limit
+from moesaic.errors import CheckpointError, ConfigError, DataError
 from moesaic.files import atomic_directory
 from moesaic.train import CheckpointStore, load_model
 from moesaic.train.loop import CHECKPOINTS
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def _shard_size(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", text, re.IGNORECASE):
+        raise typer.BadParameter(f"{text!r} is not a size; write it as 500MB or 5GB")
+    return text
+
+
+ShardSize = Annotated[str, typer.Option(callback=_shard_size, help="Largest size of one file, as 500MB or 5GB.")]
 
 
 def model_folder(path: Path) -> Path:
@@ -38,13 +55,27 @@ def load(path: Path) -> tuple[PreTrainedModel, Path]:
     return load_model(folder, dtype="auto").eval(), folder
 
 
-def tokenizer_of(folder: Path, given: Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer at `given`, or else the one saved beside the model.
+def tokenizer_of(folder: Path, model: PreTrainedModel, given: Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer at `given`, or else the one saved beside the model in `folder`.
 
     Raises:
-        DataError: if there is none.
+        ConfigError: if `given` is not a folder.
+        DataError: if there is no tokenizer.
+        CheckpointError: if it has tokens that the model has no embedding for.
     """
-    return load_tokenizer(str(given or folder))
+    if given is not None and not given.is_dir():
+        raise ConfigError("--tokenizer", str(given), "is not a folder", "give the folder of a saved tokenizer")
+    source = given or folder
+    if not any((source / name).is_file() for name in _TOKENIZER_FILES):
+        raise DataError(f"there is no tokenizer in {source}; give the folder of one with --tokenizer")
+    tokenizer = load_tokenizer(source)
+    known = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    if vocabulary_limit(tokenizer) > known:
+        raise CheckpointError(
+            f"the tokenizer in {source} has {vocabulary_limit(tokenizer)} tokens and the model only {known}; "
+            f"give the model's own with --tokenizer"
+        )
+    return tokenizer
 
 
 def check_output(target: Path, overwrite: bool) -> None:
@@ -58,8 +89,18 @@ def check_output(target: Path, overwrite: bool) -> None:
 
 
 def save(model: PreTrainedModel, source: Path, target: Path, *, max_shard_size: str) -> None:
-    """Save a model, and the tokenizer of `source` if it has one, in place of `target`: as a whole or not at all."""
-    with atomic_directory(target) as folder:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        if (source / "tokenizer_config.json").is_file():
-            load_tokenizer(str(source)).save_pretrained(folder)
+    """Save a model, and the tokenizer of `source` if it has one, in place of `target`: as a whole or not at all.
+
+    Raises:
+        CheckpointError: if it can't be written; `target` is then as it was.
+    """
+    try:
+        with atomic_directory(target) as folder:
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+            if any((source / name).is_file() for name in _TOKENIZER_FILES):
+                load_tokenizer(source).save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"cannot write the model {target}: {reason}; nothing was left there. Free some space, or write elsewhere"
+        ) from error

@@ -54,4 +54,6 @@ def _source(text: str) -> TextSource:
     domain, equals, path = text.partition("=")
     if not equals:
         path, domain = text, Path(text).stem or "text"
+    if not path or not domain:
+        raise ConfigError("--text", text, "lacks its domain or its path", "write it as DOMAIN=PATH or PATH")
     return TextSource.from_dict({"domain": domain, "paths": [path]}, where="--text")

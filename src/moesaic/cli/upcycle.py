@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from moesaic.cli.console import Json, Set, emit_json, results
-from moesaic.cli.models import check_output, load, save
+from moesaic.cli.models import ShardSize, check_output, load, save
 from moesaic.configuration import apply_overrides, read_yaml
+from moesaic.errors import ConfigError
 from moesaic.layer import MoESpec
 from moesaic.trace import account
 from moesaic.transform import copy_spec, upcycle
@@ -24,21 +25,26 @@ def command(
     overrides: Set = None,
     noise: Annotated[float, typer.Option(min=0.0, help="Relative noise on each copy, to break their symmetry.")] = 0.0,
     inexact: Annotated[bool, typer.Option(help="Accept logits that differ from the dense model's at step 0.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of router weights and noise.")] = 0,
-    max_shard_size: Annotated[str, typer.Option(help="Largest size of one file.")] = "5GB",
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of router weights and noise.")] = 0,
+    max_shard_size: ShardSize = "5GB",
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
     json: Json = False,
 ) -> None:
     """Make a Mixture-of-Experts model of a dense one by copying its feed-forward networks.
 
-    Before any training its logits are those of the dense model, unless --inexact allows otherwise.
+    Before any training its logits are those of the dense model, unless --noise or --inexact allow otherwise.
 
     Example: moesaic upcycle ./Qwen3-0.6B ./qwen3-8x --num-experts 8 --top-k 2 --set moe.layers.every=2
     """
     check_output(output, overwrite)
     dense, folder = load(source)
     values = read_yaml(config) if config else {"moe": copy_spec(dense, num_experts=num_experts, top_k=top_k).to_dict()}
-    spec = MoESpec.from_dict(apply_overrides(values, overrides or []).get("moe") or {}, where="moe")
+    section = apply_overrides(values, overrides or []).get("moe")
+    if not isinstance(section, dict):
+        raise ConfigError(
+            "moe", section, f"is not a section of {config}", "write the MoE layers there, or leave it out"
+        )
+    spec = MoESpec.from_dict(section, where="moe")
     model = upcycle(dense, spec, noise=noise, exact=not (inexact or noise), seed=seed)
     save(model, folder, output, max_shard_size=max_shard_size)
     if json:

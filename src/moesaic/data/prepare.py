@@ -89,9 +89,8 @@ def prepare_data(config: DataConfig, cache_dir: str | Path, *, progress: bool = 
         DataError: if a source or tokenizer is missing, malformed or empty.
         ConfigError: if nothing was held out, or the training text is shorter than one sequence.
     """
-    cache_dir = Path(cache_dir)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    folder = cache_dir / _key(config)
+    folder = Path(cache_dir) / _key(config)  # first: a missing source leaves no folder behind
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             with atomic_directory(folder) as temporary:

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from transformers import PreTrainedTokenizerBase
 
-from moesaic.data.config import Source
+from moesaic.data.config import JsonlSource, Source, TextSource
 from moesaic.data.loader import OrderedBatches
 from moesaic.data.packing import PackedSequences
 from moesaic.data.sources import read_documents
@@ -50,7 +50,10 @@ class TextBatches:
                 index = domains.setdefault(document.domain, len(domains))
                 writer.append([*token_ids, end_of_text(tokenizer)], index)
         if not domains:
-            raise DataError(f"no text in the sources {[source.type for source in sources]}; give files that hold some")
+            named = [
+                path for source in sources if isinstance(source, TextSource | JsonlSource) for path in source.paths
+            ]
+            raise DataError(f"there is no text in {', '.join(named) or 'the sources'}; give files that hold some")
         store = TokenStore(folder, dtype)
         self.by_domain = {
             domain: OrderedBatches(

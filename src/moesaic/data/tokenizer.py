@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from moesaic.errors import DataError
+from moesaic.files import is_local
 
 EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
@@ -50,7 +51,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         DataError: if there is none, or it has no end-of-text token.
     """
     folder = Path(path).expanduser()
-    if not folder.exists() and (folder.is_absolute() or str(path).startswith((".", "~")) or len(folder.parts) > 2):
+    if is_local(path) and not folder.exists():
         raise DataError(f"there is no tokenizer folder {str(path)!r}; give a saved tokenizer's folder or a hub name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder if folder.exists() else str(path))

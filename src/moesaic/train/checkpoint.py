@@ -123,7 +123,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         known = state["format"] == _FORMAT
     except Exception as error:  # torch raises errors of many kinds on damaged files.
         raise CheckpointError(
-            f"{path} is damaged ({' '.join(str(error).split())[:200]}); "
+            f"{path} is damaged ({str(error).partition('. ')[0]:.200}); "
             f"remove the folder to resume from the checkpoint before it"
         ) from error
     if not known:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from moesaic.configuration import Config
 from moesaic.errors import ConfigError
@@ -51,7 +51,7 @@ class TrainConfig(Config):
     gradient_checkpointing: bool = False
     compile: bool = False
     device: str = "auto"
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = Field(default=0, lt=2**63)  # what torch takes
     eval_every: PositiveInt | None = 100
     eval_batches: PositiveInt | None = None
     checkpoint_every: PositiveInt | None = 100

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moesaic.errors import CheckpointError
+from moesaic.files import is_local
 from moesaic.train.quiet import without_progress_bars
 
 _INDEX = "model.safetensors.index.json"
@@ -26,6 +27,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype | Literal["auto"] = torch
     Raises:
         CheckpointError: if a file is missing or damaged, or tensors do not fit the config.
     """
+    check_local_path(path)
+    path = Path(path).expanduser() if is_local(path) else path
     if Path(path).is_dir():
         check_weight_files(path)
     try:
@@ -40,7 +43,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | Literal["auto"] = torch
             f"the folder mixes files of different models or lacks some"
         ) from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load the model {path}: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"cannot load the model {path}: {str(error).strip().splitlines()[0]}") from error
     model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
@@ -50,6 +53,16 @@ def load_model(path: str | Path, *, dtype: torch.dtype | Literal["auto"] = torch
                 f"the folder mixes files of different models or lacks some"
             )
     return model
+
+
+def check_local_path(path: str | Path) -> None:
+    """Check that what can only be a folder, not the name of a model on the hub, is one.
+
+    Raises:
+        CheckpointError: if there is no such folder.
+    """
+    if is_local(path) and not Path(path).expanduser().is_dir():
+        raise CheckpointError(f"there is no model folder {path}; give the folder of a saved model or a hub name")
 
 
 def _described(entry: Any) -> str:

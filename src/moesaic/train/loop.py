@@ -22,7 +22,7 @@ from moesaic.train.checkpoint import RUN_FILE, CheckpointStore, check_same_run, 
 from moesaic.train.evaluate import Evaluation, evaluate
 from moesaic.train.load import load_model
 from moesaic.train.metrics import MetricsFile, MetricsSink, StepMetrics, TensorBoardSink, evaluation_record
-from moesaic.train.model import build_model, prepare_for_training, select_device
+from moesaic.train.model import build_model, check_architecture, prepare_for_training, select_device
 from moesaic.train.objective import Objective, language_model_objective, model_inputs, predicted_tokens
 from moesaic.train.optimizer import build_optimizer, set_learning_rate
 from moesaic.train.progress import NoProgress, ProgressDisplay, describe_evaluation, progress_display
@@ -102,6 +102,7 @@ def train(
     if checkpoint is not None:
         check_same_run(checkpoint, run)
     device = select_device(run.train.device)
+    check_architecture(run)
     if data is None:
         data = prepare_data(run.data, cache_dir or output_dir / "data", progress=progress)
     seed_all(run.train.seed)

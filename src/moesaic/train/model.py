@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from moesaic.errors import ConfigError
 from moesaic.hf import build, read_backbone
+from moesaic.hf.families import family_of
 from moesaic.train.config import TrainConfig
-from moesaic.train.load import load_model
+from moesaic.train.load import check_local_path, load_model
 from moesaic.train.run import RunConfig
 
 
@@ -35,6 +36,22 @@ def select_device(name: str) -> torch.device:
     if not usable:
         raise ConfigError("train.device", name, "is not on this machine", f"use auto or {accelerator or 'cpu'}")
     return device
+
+
+def check_architecture(run: RunConfig) -> None:
+    """Check what can be known of the model before text is tokenised, which may take long.
+
+    Raises:
+        ConfigError: if a field of `backbone` or `moe.layers` is invalid, or `initial_model` does not exist.
+        UnsupportedModel: if the backbone can't take MoE layers.
+    """
+    if run.initial_model is not None:
+        check_local_path(run.initial_model)
+    elif run.backbone is not None:
+        config = read_backbone(run.backbone)
+        if run.moe is not None:
+            family_of(config)
+            run.moe.layers.indices(config.num_hidden_layers)
 
 
 def build_model(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
