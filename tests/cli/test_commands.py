@@ -138,6 +138,10 @@ def test_inspect_counts_a_run_before_it_is_trained(cli: Cli, run_file: Path, tra
     planned = json.loads(cli("inspect", run_file, "--json").out)
     made = json.loads(cli("inspect", trained, "--json").out)
     assert planned == made
+    fewer = json.loads(cli("inspect", run_file, "--set", "moe.router.top_k=1", "--json").out)
+    assert fewer["parameters"]["active"] < planned["parameters"]["active"]
+    dense = json.loads(cli("inspect", run_file, "--set", "moe=null", "--json").out)
+    assert dense["parameters"]["active"] == dense["parameters"]["total"]
     assert made["parameters"]["active"] < made["parameters"]["total"]
     printed = cli("inspect", trained).out
     assert "routed experts" in printed

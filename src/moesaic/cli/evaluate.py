@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic.cli.console import Json, emit_json, results
 from moesaic.cli.models import load, tokenizer_of
-from moesaic.cli.texts import Texts, batches_of
+from moesaic.cli.texts import Texts, batches_of, sequence_length_for
 from moesaic.errors import ConfigError
 from moesaic.train import evaluate, overall
 
@@ -23,7 +23,10 @@ def command(
     tasks_folder: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Batches of a domain, or examples of a task.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 8,
-    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a sequence of --text.")] = 256,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens in a sequence of --text; 256 unless the model has fewer positions."),
+    ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer, if it is not the model's.")] = None,
     json: Json = False,
 ) -> None:
@@ -37,7 +40,8 @@ def command(
     tokens = tokenizer_of(folder, network, tokenizer)
     report: dict[str, Any] = {}
     if texts or not tasks:
-        with batches_of(texts, tokens, folder, batch_size=batch_size, sequence_length=sequence_length) as batches:
+        length = sequence_length_for(network, sequence_length)
+        with batches_of(texts, tokens, folder, batch_size=batch_size, sequence_length=length) as batches:
             by_domain = evaluate(network, batches, max_batches=limit)
         report["domains"] = {name: vars(evaluation) for name, evaluation in by_domain.items()}
         report["overall"] = vars(overall(by_domain))

@@ -12,7 +12,7 @@ import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from moesaic.cli.console import Json, emit_json, errors
-from moesaic.cli.models import load, tokenizer_of
+from moesaic.cli.models import load, positions_of, tokenizer_of
 from moesaic.errors import ConfigError
 
 
@@ -73,7 +73,7 @@ def command(
 
 
 def _check_length(model: PreTrainedModel, prompt_length: int, max_new_tokens: int) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model)
     if positions is not None and prompt_length + max_new_tokens > positions:
         raise ConfigError(
             "--max-new-tokens",

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moesaic.cli.console import Json, Set, emit_json, results
 from moesaic.cli.models import load, model_folder, tokenizer_of
-from moesaic.cli.texts import BatchesByDomain, Texts, batches_of
+from moesaic.cli.texts import BatchesByDomain, Texts, batches_of, sequence_length_for
 from moesaic.data import TrainBPE, load_tokenizer
 from moesaic.errors import ConfigError
 from moesaic.hf import MoesaicForCausalLM, build, convert, read_backbone
@@ -59,7 +59,8 @@ def command(
     if texts or report:
         report = report or Path("routing.html")
         names = tokenizer_of(folder, network, tokenizer)
-        with batches_of(texts, names, folder, batch_size=8, sequence_length=256) as batches:
+        length = sequence_length_for(network)
+        with batches_of(texts, names, folder, batch_size=8, sequence_length=length) as batches:
             trace = trace_batches(network, batches, max_tokens=max_tokens)
         facts = {"model": str(model_folder(model)), "text": ", ".join(texts or ["held out by the training run"])}
         write_report(report, trace, accounting, title=str(model), tokenizer=names, facts=facts)

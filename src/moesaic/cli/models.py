@@ -78,6 +78,11 @@ def tokenizer_of(folder: Path, model: PreTrainedModel, given: Path | None = None
     return tokenizer
 
 
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many positions a sequence may have; None if its config names no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_output(target: Path, overwrite: bool) -> None:
     """Check that a model may be written to `target`; commands ask before they work.
 

@@ -9,8 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moesaic.cli.models import positions_of
 from moesaic.data import TextBatches, TextSource, prepare_data
 from moesaic.errors import ConfigError
 from moesaic.train import RunConfig
@@ -22,6 +23,7 @@ Texts = Annotated[
         "--text", "-t", metavar="[DOMAIN=]PATH", help="Text file, folder or glob; may be given several times."
     ),
 ]
+_SEQUENCE_LENGTH = 256
 BatchesByDomain = Mapping[str, Iterable[Mapping[str, Any]]]
 
 
@@ -48,6 +50,22 @@ def batches_of(
     with TemporaryDirectory(prefix="moesaic-data-") as temporary:
         data = prepare_data(run.data, cache if cache.is_dir() else temporary)
         yield data.validation_batches(batch_size=batch_size)
+
+
+def sequence_length_for(model: PreTrainedModel, wanted: int | None = None) -> int:
+    """`wanted`, or else 256 or what the model has positions for.
+
+    Raises:
+        ConfigError: if `wanted` is more than the model's positions.
+    """
+    positions = positions_of(model)
+    if wanted is None:
+        return _SEQUENCE_LENGTH if positions is None else min(_SEQUENCE_LENGTH, positions)
+    if positions is not None and wanted > positions:
+        raise ConfigError(
+            "--sequence-length", wanted, f"is more than the model's {positions} positions", f"choose 2 to {positions}"
+        )
+    return wanted
 
 
 def _source(text: str) -> TextSource:
