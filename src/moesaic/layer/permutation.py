@@ -53,7 +53,7 @@ def order(index_TK: Tensor, num_experts: int) -> Order:
 
 def gather(x_TD: Tensor, order: Order) -> Tensor:
     """Copy each token to the rows of its picks, rows_SD, in expert order."""
-    return _Gather.apply(x_TD, order.pick_S, order.row_S, order.top_k)
+    return _Gather.apply(x_TD, order.token_S, order.row_S, order.top_k)
 
 
 def restore(rows_SD: Tensor, order: Order, weight_TK: Tensor) -> Tensor:
@@ -80,10 +80,10 @@ def restore(rows_SD: Tensor, order: Order, weight_TK: Tensor) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD: Tensor, pick_S: Tensor, row_S: Tensor, top_k: int) -> Tensor:
+    def forward(ctx, x_TD: Tensor, token_S: Tensor, row_S: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(row_S)
         ctx.top_k = top_k
-        return x_TD[pick_S // top_k]
+        return x_TD[token_S]
 
     @staticmethod
     def backward(ctx, grad_SD: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
