@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from moesaic.cli.console import Json, emit_json, results
-from moesaic.cli.models import ShardSize, check_output, load, save
+from moesaic.cli.console import Json
+from moesaic.cli.models import ShardSize, announce, check_output, load, save
 from moesaic.errors import UnsupportedModel
 from moesaic.hf import MoesaicForCausalLM, convert
-from moesaic.trace import account
 
 
 def command(
@@ -31,8 +30,4 @@ def command(
         raise UnsupportedModel(f"source = {str(source)!r} is a moesaic model already; use it as it is")
     model = convert(stock)
     save(model, folder, output, max_shard_size=max_shard_size)
-    if json:
-        emit_json({"output": str(output), **account(model).to_dict()})
-        return
-    results.print(account(model))
-    results.print(f"Wrote {output}. Next: moesaic inspect {output}")
+    announce(model, output, json=json)

@@ -11,10 +11,12 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moesaic.cli.console import emit_json, results
 from moesaic.data import load_tokenizer
 from moesaic.data.tokenizer import vocabulary_limit
 from moesaic.errors import CheckpointError, ConfigError, DataError
 from moesaic.files import atomic_directory
+from moesaic.trace import account
 from moesaic.train import CheckpointStore, load_model
 from moesaic.train.loop import CHECKPOINTS
 
@@ -109,3 +111,13 @@ def save(model: PreTrainedModel, source: Path, target: Path, *, max_shard_size: 
         raise CheckpointError(
             f"cannot write the model {target}: {reason}; nothing was left there. Free some space, or write elsewhere"
         ) from error
+
+
+def announce(model: PreTrainedModel, output: Path, *, json: bool) -> None:
+    """Print what a model that was just written is made of, and what to do next."""
+    accounting = account(model)
+    if json:
+        emit_json({"output": str(output), **accounting.to_dict()})
+        return
+    results.print(accounting)
+    results.print(f"Wrote {output}. Next: moesaic inspect {output}")

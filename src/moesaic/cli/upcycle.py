@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
-from moesaic.cli.console import Json, Set, emit_json, results
-from moesaic.cli.models import ShardSize, check_output, load, save
+from moesaic.cli.console import Json, Set
+from moesaic.cli.models import ShardSize, announce, check_output, load, save
 from moesaic.configuration import apply_overrides, read_yaml
 from moesaic.errors import ConfigError
 from moesaic.layer import MoESpec
-from moesaic.trace import account
 from moesaic.transform import copy_spec, upcycle
 
 
@@ -47,8 +46,4 @@ def command(
     spec = MoESpec.from_dict(section, where="moe")
     model = upcycle(dense, spec, noise=noise, exact=not (inexact or noise), seed=seed)
     save(model, folder, output, max_shard_size=max_shard_size)
-    if json:
-        emit_json({"output": str(output), **account(model).to_dict()})
-        return
-    results.print(account(model))
-    results.print(f"Wrote {output}. Next: moesaic inspect {output}")
+    announce(model, output, json=json)
