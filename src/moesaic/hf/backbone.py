@@ -51,10 +51,13 @@ class _BackboneMixin:
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if not isinstance(module, Experts | Router):
+        std = getattr(cast(PreTrainedModel, self).config, "initializer_range", 0.02)
+        if isinstance(module, Router):
+            module.reset_parameters(std)
+            return
+        if not isinstance(module, Experts):
             super()._init_weights(module)  # type: ignore[misc]
             return
-        std = getattr(cast(PreTrainedModel, self).config, "initializer_range", 0.02)
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if name.endswith("bias"):
                 initialization.zeros_(tensor)

@@ -31,6 +31,7 @@ class MoEBlock(nn.Module):
         super().__init__()
         self.layer = layer
         self.gate: Router = spec.router.build(hidden_size, spec.experts.num_experts)
+        self.gate.layer = layer
         self.experts = experts if experts is not None else Experts(spec.experts, hidden_size)
         self.shared_experts = self.shared_expert_gate = None
         if spec.shared_experts is not None:
@@ -51,7 +52,10 @@ class MoEBlock(nn.Module):
         routing = self.gate(x_TD, context)
         if context is not None:
             context.commit(self.layer, routing)
-        y_TD = self.experts(x_TD, routing.index_TK, routing.weight_TK)
+        if routing.assignment is not None:
+            y_TD = routing.assignment.run(self.experts, x_TD)
+        else:
+            y_TD = self.experts(x_TD, routing.index_TK, routing.weight_TK)
         if self.shared_experts is not None:
             shared_TD = self.shared_experts(x_TD)
             if self.shared_expert_gate is not None:
@@ -59,6 +63,8 @@ class MoEBlock(nn.Module):
             y_TD = y_TD + shared_TD
         if self.dropout is not None:
             y_TD = self.dropout(y_TD)
-        if context is not None and context.objective is not None and routing.logits_TN.requires_grad:
-            y_TD = context.objective.attach(y_TD, routing, context)
+        if context is not None:
+            y_TD = context.attach_state(y_TD, self.layer, routing.state)
+            if context.objective is not None and routing.logits_TN.requires_grad:
+                y_TD = context.objective.attach(y_TD, self.layer, routing, context)
         return y_TD.view(x.shape)

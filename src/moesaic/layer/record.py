@@ -8,21 +8,29 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moesaic.layer.assignment import Assignment
+
 
 @dataclass(frozen=True)
 class Routing:
     """The record of one MoE layer for one forward pass.
 
     An index equal to `num_experts` means *no expert* (transformers' sentinel): kernels skip such picks and they add
-    nothing to the output.
+    nothing to the output. A router scores M columns: its N experts, then its null experts, which compute nothing.
 
     Attributes:
         index_TK: picked experts, int64, each in [0, N]; the order of the K picks carries no meaning.
         weight_TK: weight of each pick at combine, in the router's precision.
-        logits_TN: raw router outputs, attached to the autograd graph.
-        scores_TN: the score function over *all* experts, before selection bias and group masks; balance losses read it.
+        logits_TN: raw router outputs of all M columns, attached to the autograd graph.
+        scores_TN: the score function over *all* columns, before selection bias and group masks; balance losses read it.
         selection_TN: what the selection compared, biased and masked; carries no gradient.
         state: what this layer's router hands to the next MoE layer, if its kind does so.
+        num_null: null experts among the columns, which are the last ones.
+        chosen_TK: what was selected, in [0, M], before null experts and dropped picks became no expert; None where that
+            is `index_TK`. Balance losses count these.
+        dropped_TK: picks that found their expert full; None without a capacity.
+        assignment: how experts get their input when it is not a token for each pick: slots, or merged experts.
+        auxiliary: losses that belong to the router's mechanism, by name, a value for each token (T,).
     """
 
     index_TK: Tensor
@@ -31,23 +39,42 @@ class Routing:
     scores_TN: Tensor
     selection_TN: Tensor
     state: Tensor | None = None
+    num_null: int = 0
+    chosen_TK: Tensor | None = None
+    dropped_TK: Tensor | None = None
+    assignment: Assignment | None = None
+    auxiliary: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_columns(self) -> int:
+        """M, the number of columns that the router scores: experts and null experts."""
+        return self.logits_TN.shape[-1]
 
     @property
     def num_experts(self) -> int:
-        """N, the number of experts that the router scores."""
-        return self.logits_TN.shape[-1]
+        """N, the number of experts that compute something."""
+        return self.num_columns - self.num_null
 
     @property
     def top_k(self) -> int:
         """K, the number of picks for each token."""
         return self.index_TK.shape[-1]
 
+    @property
+    def choice_TK(self) -> Tensor:
+        """What was selected, in [0, M]; M where nothing was."""
+        if self.chosen_TK is not None:
+            return self.chosen_TK
+        if not self.num_null:
+            return self.index_TK
+        return self.index_TK.masked_fill(self.index_TK == self.num_experts, self.num_columns)
+
 
 class Recomputed(Protocol):
     """What adds a layer's balance gradient while the layer is recomputed; see `BalanceObjective`."""
 
-    def attach(self, y: Tensor, routing: Routing, context: RoutingContext) -> Tensor:
-        """`y` unchanged, whose backward also reaches the router."""
+    def attach(self, y: Tensor, layer: int, routing: Routing, context: RoutingContext) -> Tensor:
+        """`y` unchanged, whose backward also reaches the router of `layer`."""
         ...
 
 
@@ -62,28 +89,84 @@ class RoutingContext:
         token_ids_T: token ids, if the model was called with ids.
         position_T: position of each token in its sequence, if known.
         mask_T: True for real tokens, False for padding; None when there is no padding.
+        modality_T: modality of each token, if the model was told.
+        task_B: task of each sequence, if the model was told.
+        seed: int64 scalar from which routers that draw random numbers derive them; None for a fixed one. It makes them
+            pure functions: layers that are recomputed draw the same numbers.
+        has_past: earlier tokens of these sequences are in a cache, and are not routed again.
         records: routing by layer index, in the order in which layers ran.
         objective: set when layers must add their balance gradient while they are recomputed.
+        state_gradients: gradient of each layer's router state that recomputed layers above have left for it.
     """
 
     batch_size: int = 1
     token_ids_T: Tensor | None = None
     position_T: Tensor | None = None
     mask_T: Tensor | None = None
+    modality_T: Tensor | None = None
+    task_B: Tensor | None = None
+    seed: Tensor | None = None
+    has_past: bool = False
     records: dict[int, Routing] = field(default_factory=dict)
     objective: Recomputed | None = None
+    state_gradients: dict[int, Tensor] = field(default_factory=dict)
 
     def commit(self, layer: int, routing: Routing) -> None:
         """Keep the routing of `layer`. The first one stands: recomputation under checkpointing must not replace it."""
         self.records.setdefault(layer, routing)
 
+    def previous(self, layer: int) -> int | None:
+        """Index of the last MoE layer below `layer` that has run, or None."""
+        return max((index for index in self.records if index < layer), default=None)
+
     def previous_state(self, layer: int) -> Tensor | None:
-        """The router state of the last MoE layer below `layer`, or None."""
-        below = [index for index in self.records if index < layer]
-        return self.records[max(below)].state if below else None
+        """The router state of the last MoE layer below `layer`, or None.
+
+        Differentiable also under reentrant checkpointing, where the lower layer's first run had no graph: its gradient
+        is then left in `state_gradients` for that layer's own recomputation, which comes later in the backward pass.
+        """
+        below = self.previous(layer)
+        state = None if below is None else self.records[below].state
+        if below is None or state is None or state.requires_grad or not torch.is_grad_enabled():
+            return state
+        return _LeaveGradient.apply(state.detach().requires_grad_(), self, below)
+
+    def attach_state(self, y: Tensor, layer: int, state: Tensor | None) -> Tensor:
+        """`y` unchanged, whose backward also sends into `state` the gradient that layers above left for it."""
+        if state is None or not state.requires_grad or layer not in self.state_gradients:
+            return y
+        return _AttachGradient.apply(y, state, self.state_gradients.pop(layer))
 
     def tokens_per_sequence(self, num_tokens: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Number of real tokens of each sequence, shape (B,)."""
         if self.mask_T is None:
             return torch.full((self.batch_size,), num_tokens // self.batch_size, dtype=dtype, device=device)
         return self.mask_T.view(self.batch_size, -1).sum(-1).to(dtype)
+
+
+class _LeaveGradient(torch.autograd.Function):
+    """Identity on a router state that keeps its gradient for the layer that made it."""
+
+    @staticmethod
+    def forward(ctx, state: Tensor, context: RoutingContext, layer: int) -> Tensor:
+        ctx.context, ctx.layer = context, layer
+        return state.view_as(state)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        gradients = ctx.context.state_gradients
+        gradients[ctx.layer] = gradients[ctx.layer] + grad if ctx.layer in gradients else grad
+        return grad, None, None
+
+
+class _AttachGradient(torch.autograd.Function):
+    """Identity on `y` that gives `state` a gradient known already."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, state: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        return grad, ctx.saved_tensors[0], None

@@ -34,7 +34,7 @@ class LoadBalancing(BalanceLoss):
             scores_BN = scores_BN.sum(0, keepdim=True).expand_as(scores_BN)
             tokens_B = tokens_B.sum().expand_as(tokens_B)
         tokens_B1 = tokens_B.clamp(min=1).unsqueeze(-1)
-        f_BN = counts_BN * routing.num_experts / (routing.top_k * tokens_B1)
+        f_BN = counts_BN * routing.num_columns / (routing.top_k * tokens_B1)
         return (f_BN * scores_BN / tokens_B1).sum(-1)
 
 
@@ -46,9 +46,9 @@ def _sums(routing: Routing, context: RoutingContext) -> tuple[Tensor, Tensor, Te
     if context.mask_T is not None:
         mask_T1 = context.mask_T.to(scores_TN.dtype).unsqueeze(-1)
         scores_TN, picks_TK = scores_TN * mask_T1, picks_TK * mask_T1
-    batch, num_experts = context.batch_size, routing.num_experts
-    counts_BN = picks_TK.new_zeros(batch, num_experts + 1)
-    counts_BN = counts_BN.scatter_add(1, routing.index_TK.view(batch, -1), picks_TK.detach().view(batch, -1))
-    scores_BN = scores_TN.view(batch, -1, num_experts).sum(1)
+    batch, columns = context.batch_size, routing.num_columns
+    counts_BN = picks_TK.new_zeros(batch, columns + 1)
+    counts_BN = counts_BN.scatter_add(1, routing.choice_TK.view(batch, -1), picks_TK.detach().view(batch, -1))
+    scores_BN = scores_TN.view(batch, -1, columns).sum(1)
     tokens_B = context.tokens_per_sequence(scores_TN.shape[0], dtype=scores_TN.dtype, device=scores_TN.device)
-    return counts_BN[:, :num_experts], scores_BN, tokens_B
+    return counts_BN[:, :columns], scores_BN, tokens_B

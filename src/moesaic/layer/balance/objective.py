@@ -29,7 +29,10 @@ class BalanceObjective:
         """Each loss by its name, coefficient included."""
         zero = self.weight_B.new_zeros(())
         return {
-            loss.name: sum((self._layer(loss, routing, context) for routing in context.records.values()), start=zero)
+            loss.name: sum(
+                (self._of_layer(loss, layer, routing, context) for layer, routing in context.records.items()),
+                start=zero,
+            )
             for loss in self.losses
         }
 
@@ -46,12 +49,12 @@ class BalanceObjective:
             total = _RememberUpstream.apply(total, self)
         return total
 
-    def attach(self, y: Tensor, routing: Routing, context: RoutingContext) -> Tensor:
-        """`y` unchanged, whose backward also sends this layer's balance gradient into its router."""
-        losses = [self._layer(loss, routing, context) for loss in self.losses]
+    def attach(self, y: Tensor, layer: int, routing: Routing, context: RoutingContext) -> Tensor:
+        """`y` unchanged, whose backward also sends the balance gradient of `layer` into its router."""
+        losses = [self._of_layer(loss, layer, routing, context) for loss in self.losses]
         return _AttachGradient.apply(y, torch.stack(losses).sum(), self)
 
-    def _layer(self, loss: BalanceLoss, routing: Routing, context: RoutingContext) -> Tensor:
+    def _of_layer(self, loss: BalanceLoss, layer: int, routing: Routing, context: RoutingContext) -> Tensor:
         return loss.coefficient * (loss.per_sequence(routing, context) * self.weight_B).sum()
 
 

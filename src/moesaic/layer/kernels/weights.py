@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moesaic.errors import UnsupportedKernel
@@ -60,3 +61,14 @@ class ExpertWeights:
             up_bias_NH=getattr(module, f"{name}_bias") if module.has_bias else None,
             down_bias_ND=module.down_proj_bias if module.has_bias else None,
         )
+
+    def merged(self, weight_GN: Tensor) -> ExpertWeights:
+        """Weights of G experts, each the sum over all N of weight_gn times expert n's parameters; differentiable."""
+
+        def merge(packed: Tensor | None) -> Tensor | None:
+            return None if packed is None else torch.einsum("gn,n...->g...", weight_GN.to(packed.dtype), packed)
+
+        up_GHD, down_GDF = merge(self.up_NHD), merge(self.down_NDF)
+        assert up_GHD is not None
+        assert down_GDF is not None
+        return ExpertWeights(up_GHD, down_GDF, self.activate, merge(self.up_bias_NH), merge(self.down_bias_ND))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from moesaic.layer.routers.base import Router
+from moesaic.layer.routers.base import BaseRouterConfig, Router
 from moesaic.layer.routers.top_k import TopKConfig, TopKRouter
 
 # The registry: a union discriminated by `type`. With a second router it becomes `Annotated[A | B, Field(discriminator="type")]`.
 RouterConfig = TopKConfig
 
-__all__ = ["Router", "RouterConfig", "TopKConfig", "TopKRouter"]
+__all__ = ["BaseRouterConfig", "Router", "RouterConfig", "TopKConfig", "TopKRouter"]

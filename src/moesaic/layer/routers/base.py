@@ -3,22 +3,114 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from moesaic.configuration import Config
+from moesaic.errors import ConfigError
+from moesaic.layer.load import LayerLoad
 from moesaic.layer.record import Routing, RoutingContext
 
+Need = Literal["token_ids", "modality", "task"]
+Dependence = Literal["later_tokens", "other_sequences", "random_numbers"]
 
-class Router(nn.Module, ABC):
+
+class BaseRouterConfig(Config, ABC):
+    """What the config of every router says of its mechanism, besides its own fields.
+
+    The properties are facts that follow from the fields. Whoever runs a router reads them to refuse what can't work
+    before any work is done.
+    """
+
+    def depends_on(self, training: bool) -> frozenset[Dependence]:
+        """What the routing of a token depends on besides the token itself and earlier ones of its sequence."""
+        return frozenset()
+
+    @property
+    def unservable(self) -> str | None:
+        """Why it can't decode token by token with a cache, or None if it can."""
+        found = sorted(self.depends_on(training=False))
+        if not found:
+            return None
+        return f"the routing of a token depends on {' and '.join(found).replace('_', ' ')}"
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether picks may be no expert."""
+        return False
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the context must hold."""
+        return frozenset()
+
+    @property
+    def carries_state(self) -> bool:
+        """Whether a layer's routing depends on the router state of the layers below."""
+        return False
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """Names of its `Routing.auxiliary` losses."""
+        return frozenset()
+
+    @property
+    def runs_all_experts(self) -> bool:
+        """Whether every expert runs, or is merged, for every token: then there is no load to balance."""
+        return False
+
+    @abstractmethod
+    def check(self, num_experts: int) -> None:
+        """Check against the number of experts.
+
+        Raises:
+            ConfigError: naming the field that does not fit N experts.
+        """
+
+    @abstractmethod
+    def build(self, hidden_size: int, num_experts: int) -> Router:
+        """The router module for inputs of width `hidden_size`."""
+
+
+def check_top_k(top_k: int, available: int, what: str = "num_experts") -> None:
+    """Refuse more picks than there is to pick from.
+
+    Raises:
+        ConfigError: naming `top_k`.
+    """
+    if top_k > available:
+        raise ConfigError("top_k", top_k, f"is larger than {what} ({available})", f"choose 1 to {available}")
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseRouterConfig)
+
+
+class Router(nn.Module, ABC, Generic[ConfigT]):
     """Scores N experts for each token and picks K of them.
 
     `forward` must not change the module: under activation checkpointing it runs twice and must give the same record.
-    Routers compute in float32 (float64 for float64 input), also under autocast.
+    Random numbers come from `layer.noise`. Routers compute in float32 (float64 for float64 input), also under autocast.
+
+    Attributes:
+        config: its fields.
+        num_experts: N.
+        top_k: K, the width of the record.
+        layer: index of the decoder layer; set by the block that owns the router.
+        full_precision: names of own buffers that casts leave in float32.
     """
 
+    config: ConfigT
     num_experts: int
     top_k: int
+    layer: int = 0
+    full_precision: tuple[str, ...] = ()
+
+    def __init__(self, config: ConfigT, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.config, self.num_experts, self.top_k = config, num_experts, top_k
 
     @abstractmethod
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
@@ -29,7 +121,59 @@ class Router(nn.Module, ABC):
             context: tokens and lower layers' records of this forward pass; None when the layer is used on its own.
         """
 
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Initialise own parameters and buffers: biases zero, the rest normal with the given standard deviation.
+
+        Only functions of `nn.init` and `fill_buffer` may be used: transformers makes them skip what a checkpoint gave.
+        """
+        for name, tensor in [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]:
+            if name.endswith("bias"):
+                nn.init.zeros_(tensor)
+            else:
+                nn.init.normal_(tensor, std=std)
+
+    def post_step(self, load: LayerLoad, progress: float) -> None:
+        """Commit state that changes once an optimiser step; most routers have none.
+
+        Args:
+            load: picks of the step over all micro-batches and data-parallel ranks.
+            progress: share of the training that is done, 0 to 1.
+        """
+
+    def share(self, first: Router) -> None:
+        """Take the modules that all layers have in common from the router of the first MoE layer."""
+
+    @property
+    def picks(self) -> float:
+        """Experts that a token runs on average when the load is balanced."""
+        return self.top_k
+
+    @property
+    def shared_parameters(self) -> Iterable[str]:
+        """Names of the parameters that `share` takes from the first router."""
+        return ()
+
     @staticmethod
     def precision(x_TD: Tensor) -> torch.dtype:
         """The dtype to route in: float32, or float64 where the input is."""
         return torch.promote_types(x_TD.dtype, torch.float32)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Router:  # type: ignore[override]
+        """Moves to another device reach all tensors, casts all but `full_precision`."""
+        before = {name: getattr(self, name) for name in self.full_precision}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            after = getattr(self, name)
+            if tensor is not None and after is not None and after.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(after.device))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+def fill_buffer(buffer: Tensor, values: Tensor) -> None:
+    """Copy initial values into a buffer, unless a checkpoint of transformers has filled it."""
+    if not getattr(buffer, "_is_hf_initialized", False):
+        with torch.no_grad():
+            buffer.copy_(values)

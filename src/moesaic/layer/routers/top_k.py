@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from moesaic.configuration import Config
 from moesaic.errors import ConfigError
 from moesaic.layer.record import Routing, RoutingContext
-from moesaic.layer.routers.base import Router
+from moesaic.layer.routers.base import BaseRouterConfig, Router, check_top_k
 from moesaic.layer.routers.scores import GroupScore, ScoreFunction, limit_to_groups, score, top_k
 
 
-class TopKConfig(Config):
+class TopKConfig(BaseRouterConfig):
     """Fields of token-choice top-k routing.
 
     The defaults are DeepSeekMoE's (arXiv 2401.06066, eq. 9-11): softmax over all experts, no renormalisation.
@@ -76,15 +75,7 @@ class TopKConfig(Config):
         return self
 
     def check(self, num_experts: int) -> None:
-        """Check against the number of experts.
-
-        Raises:
-            ConfigError: if the picks or groups do not fit N experts.
-        """
-        if self.top_k > num_experts:
-            raise ConfigError(
-                "top_k", self.top_k, f"is larger than num_experts ({num_experts})", f"choose 1 to {num_experts}"
-            )
+        check_top_k(self.top_k, num_experts)
         if self.num_groups is None or self.top_k_groups is None:
             return
         if num_experts % self.num_groups:
@@ -106,12 +97,11 @@ class TopKConfig(Config):
             )
 
     def build(self, hidden_size: int, num_experts: int) -> TopKRouter:
-        """The router module for inputs of width `hidden_size`."""
         self.check(num_experts)
         return TopKRouter(self, hidden_size, num_experts)
 
 
-class TopKRouter(Router):
+class TopKRouter(Router[TopKConfig]):
     """Linear logits, a score function, and the K best experts of each token.
 
     Parameters are named as in transformers: `weight` (N, D), `bias` (N,), and the buffer `e_score_correction_bias`
@@ -119,25 +109,15 @@ class TopKRouter(Router):
     """
 
     e_score_correction_bias: Tensor | None
+    full_precision = ("e_score_correction_bias",)
 
     def __init__(self, config: TopKConfig, hidden_size: int, num_experts: int) -> None:
-        super().__init__()
-        self.config = config
-        self.num_experts = num_experts
-        self.top_k = config.top_k
+        super().__init__(config, num_experts, config.top_k)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(num_experts)) if config.linear_bias else None
         correction = torch.zeros(num_experts, dtype=torch.float32) if config.selection_bias else None
         self.register_buffer("e_score_correction_bias", correction)
         self.reset_parameters()
-
-    def reset_parameters(self, std: float = 0.02) -> None:
-        """Normal weights of the given standard deviation, zero biases."""
-        nn.init.normal_(self.weight, std=std)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-        if self.e_score_correction_bias is not None:
-            nn.init.zeros_(self.e_score_correction_bias)
 
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
         config = self.config
@@ -175,14 +155,5 @@ class TopKRouter(Router):
         with torch.autocast(x_TD.device.type, enabled=False):
             return F.linear(x_TD.to(precision), self.weight.to(precision), bias)
 
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[override]
-        """Moves to another device reach the selection bias, casts do not: rounded to bfloat16 it would change picks."""
-        before = self.e_score_correction_bias
-        super()._apply(fn, recurse)
-        after = self.e_score_correction_bias
-        if before is not None and after is not None and after.dtype != before.dtype:
-            self.e_score_correction_bias = before.to(after.device)
-        return self
-
     def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, top_k={self.top_k}, score_function={self.config.score_function}"
+        return f"{super().extra_repr()}, score_function={self.config.score_function}"
