@@ -1,7 +1,7 @@
 """What an MoE layer is: record, routers, experts, kernels, balance. Pure torch.
 
 Tensor names end in their shape: T tokens (batch times sequence), B sequences, D hidden size, N experts, K picks of a
-token, S = T*K rows sent to experts, F hidden size of an expert, H = 2F for gated experts and F for others, G groups of
+token, M columns that a router scores (experts and null experts), S = T*K rows sent to experts, F hidden size of an expert, H = 2F for gated experts and F for others, G groups of
 experts and E experts in a group, I and O input and output width of a projection.
 
     x_TD -> router -> Routing -> order -> rows_SD -> experts -> restore -> y_TD (+ shared_experts(x_TD))
@@ -12,16 +12,19 @@ from __future__ import annotations
 from moesaic.layer.balance import BalanceLoss, LoadBalancing, ZLoss, expert_load, max_violation, routing_entropy
 from moesaic.layer.block import MoEBlock
 from moesaic.layer.experts import Experts, ExpertsConfig
+from moesaic.layer.load import LayerLoad, all_reduce_loads, loads_of
 from moesaic.layer.permutation import Order, gather, order, restore
 from moesaic.layer.record import Routing, RoutingContext
-from moesaic.layer.routers import Router, RouterConfig, TopKConfig, TopKRouter
+from moesaic.layer.routers import BaseRouterConfig, Router, RouterConfig, TopKConfig, TopKRouter
 from moesaic.layer.shared_experts import SharedExperts, SharedExpertsConfig
 from moesaic.layer.spec import LayerPlacement, MoESpec
 
 __all__ = [
     "BalanceLoss",
+    "BaseRouterConfig",
     "Experts",
     "ExpertsConfig",
+    "LayerLoad",
     "LayerPlacement",
     "LoadBalancing",
     "MoEBlock",
@@ -36,8 +39,10 @@ __all__ = [
     "TopKConfig",
     "TopKRouter",
     "ZLoss",
+    "all_reduce_loads",
     "expert_load",
     "gather",
+    "loads_of",
     "max_violation",
     "order",
     "restore",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moesaic.layer.routers.base import BaseRouterConfig, Router
 from moesaic.layer.routers.top_k import TopKConfig, TopKRouter
 
-# The registry: a union discriminated by `type`. With a second router it becomes `Annotated[A | B, Field(discriminator="type")]`.
+# The registry: with a second router it becomes `Annotated[A | B, Field(discriminator="type")]`, one line a member.
 RouterConfig = TopKConfig
 
 __all__ = ["BaseRouterConfig", "Router", "RouterConfig", "TopKConfig", "TopKRouter"]

@@ -43,6 +43,11 @@ class BaseRouterConfig(Config, ABC):
         return False
 
     @property
+    def variable_width(self) -> bool:
+        """Whether K, the width of the record, depends on the data."""
+        return False
+
+    @property
     def needs(self) -> frozenset[Need]:
         """What the context must hold."""
         return frozenset()

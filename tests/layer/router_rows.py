@@ -1,0 +1,63 @@
+"""The routers of the shared test matrix. To enter a router: one row here.
+
+tests/layer/test_router_matrix.py runs every row through what all routers must hold, tests/hf/test_router_models.py
+through what models with that router must hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+N, D, B, LENGTH, VOCABULARY = 8, 6, 4, 5, 11
+MODALITIES, TASKS = 2, 3
+
+
+class Row(NamedTuple):
+    """A router config, as the `router` section of a spec.
+
+    Attributes:
+        values: the section.
+        unreached: parameters that the combine weights send no gradient to, with the reason.
+        balanced: the load-balancing loss has no gradient, because of the reason given.
+    """
+
+    values: dict[str, Any]
+    unreached: Mapping[str, str] = {}
+    balanced: str = ""
+
+
+ROUTERS: dict[str, Row] = {
+    "softmax": Row({"type": "top_k", "top_k": 3}),
+    "softmax_renormalised": Row({"type": "top_k", "top_k": 3, "normalize_top_k": True}),
+    "softmax_over_selected": Row({"type": "top_k", "top_k": 3, "softmax_over": "selected", "linear_bias": True}),
+    "top_1": Row({"type": "top_k", "top_k": 1}),
+    "all_experts": Row({"type": "top_k", "top_k": 8}, balanced="every token picks every expert"),
+    "device_ties": Row({"type": "top_k", "top_k": 3, "stable_ties": False}),
+    "deepseek_v2": Row({"type": "top_k", "top_k": 3, "num_groups": 4, "top_k_groups": 2, "scaling_factor": 16.0}),
+    "deepseek_v3": Row(
+        {
+            "type": "top_k",
+            "top_k": 3,
+            "score_function": "sigmoid",
+            "selection_bias": True,
+            "normalize_top_k": True,
+            "normalization_epsilon": 1e-20,
+            "scaling_factor": 2.5,
+            "num_groups": 4,
+            "top_k_groups": 2,
+            "group_score": "top2_sum",
+        }
+    ),
+    "zero_mask": Row(
+        {
+            "type": "top_k",
+            "top_k": 3,
+            "selection_bias": True,
+            "num_groups": 4,
+            "top_k_groups": 2,
+            "group_mask_value": "zero",
+        }
+    ),
+    "sqrt_softplus": Row({"type": "top_k", "top_k": 3, "score_function": "sqrt_softplus", "selection_bias": True}),
+}
