@@ -60,4 +60,29 @@ ROUTERS: dict[str, Row] = {
         }
     ),
     "sqrt_softplus": Row({"type": "top_k", "top_k": 3, "score_function": "sqrt_softplus", "selection_bias": True}),
+    "input_jitter": Row({"type": "top_k", "top_k": 3, "input_jitter": 0.5}),
+    "selected_by_logits": Row(
+        {
+            "type": "top_k",
+            "top_k": 3,
+            "score_function": "sigmoid",
+            "selection_bias": True,
+            "select_by": "logits",
+            "logit_softcap": 2.0,
+            "logit_scale": 0.5,
+            "normalize_top_k": True,
+            "normalization_order": 2.0,
+            "normalization_floor": 1e-12,
+        }
+    ),
+    "learned_scales": Row(
+        {
+            "type": "top_k",
+            "top_k": 3,
+            "input_norm": True,
+            "input_scale": True,
+            "normalize_top_k": True,
+            "expert_scale": True,
+        }
+    ),
 }

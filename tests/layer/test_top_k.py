@@ -15,7 +15,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkR
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from moesaic.errors import ConfigError
-from moesaic.layer import Routing, TopKConfig, TopKRouter
+from moesaic.layer import Routing, RoutingContext, TopKConfig, TopKRouter
 
 
 def route(logits: list[list[float]], *, selection_bias: list[float] | None = None, **fields: Any) -> Routing:
@@ -125,6 +125,83 @@ def test_all_experts_picked_is_a_dense_mixture() -> None:
     assert routing.weight_TK.sum().item() == pytest.approx(1.0)
 
 
+def test_selection_bias_on_logits_or_on_scores() -> None:
+    """Sigmoids 0.8, 0.75, 0.5: a bias of 0.1 reorders the scores, but not the logits 1.386, 1.099, 0."""
+    rows, bias = logit([[0.8, 0.75, 0.5]]), [0.0, 0.1, 0.0]
+    by_score = route(rows, selection_bias=bias, top_k=1, score_function="sigmoid")
+    by_logit = route(rows, selection_bias=bias, top_k=1, score_function="sigmoid", select_by="logits")
+    assert (by_score.index_TK.item(), by_score.weight_TK.item()) == (1, pytest.approx(0.75))
+    assert (by_logit.index_TK.item(), by_logit.weight_TK.item()) == (0, pytest.approx(0.8))
+    assert by_logit.selection_TN.tolist() == [pytest.approx([math.log(4), math.log(3) + 0.1, 0.0])]
+
+
+def test_logits_order_experts_whose_scores_saturate() -> None:
+    rows = [[40.0, 50.0, 0.0, 60.0]]
+    assert route(rows, top_k=2, score_function="sigmoid").index_TK.tolist() == [[0, 1]]
+    assert route(rows, top_k=2, score_function="sigmoid", select_by="logits").index_TK.tolist() == [[3, 1]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "weights"),
+    [
+        ({"normalization_order": 2.0}, [0.8, 0.6]),
+        ({"normalization_order": 0.5}, [0.4 / (0.4**0.5 + 0.3**0.5) ** 2, 0.3 / (0.4**0.5 + 0.3**0.5) ** 2]),
+        ({"normalization_floor": 0.8}, [0.5, 0.375]),
+        ({"normalization_floor": 0.6}, [4 / 7, 3 / 7]),
+        ({"normalization_floor": 0.8, "normalization_epsilon": 0.2}, [0.4, 0.3]),
+        ({"normalization_order": 2.0, "scaling_factor": 3.0}, [2.4, 1.8]),
+    ],
+)
+def test_normalisation_by_other_norms(fields: dict[str, Any], weights: list[float]) -> None:
+    """Scores 0.4 and 0.3: their sum is 0.7, their Euclidean norm 0.5."""
+    routing = route(log([[0.4, 0.3, 0.2, 0.1]]), top_k=2, normalize_top_k=True, **fields)
+    torch.testing.assert_close(routing.weight_TK, torch.tensor([weights], dtype=torch.float64))
+
+
+def test_logits_are_scaled_then_bounded() -> None:
+    routing = route([[3.0, -1.0, 0.5]], top_k=1, score_function="sigmoid", logit_scale=2.0, logit_softcap=4.0)
+    expected = [4 * math.tanh(value / 4) for value in (6.0, -2.0, 1.0)]
+    assert routing.logits_TN.tolist() == [pytest.approx(expected)]
+    assert routing.weight_TK.item() == pytest.approx(1 / (1 + math.exp(-expected[0])))
+
+
+def test_input_is_normalised_and_scaled_and_weights_scaled_by_expert() -> None:
+    """Gemma 4: the input 3, 4, 0 has a mean square of 25 / 3; the learned vectors are 1 at first."""
+    fields = {"top_k": 2, "input_norm": True, "input_norm_epsilon": 2 / 3, "input_scale": True, "expert_scale": True}
+    router = identity_router(TopKConfig.from_dict(fields), 3)
+    x_TD = torch.tensor([[3.0, 4.0, 0.0]], dtype=torch.float64)
+    assert router(x_TD).logits_TN.tolist() == [pytest.approx([1.0, 4 / 3, 0.0])]
+    assert router.scale is not None
+    assert router.per_expert_scale is not None
+    assert {name for name, _ in router.named_parameters()} == {"weight", "scale", "per_expert_scale"}
+    with torch.no_grad():
+        router.scale.copy_(torch.tensor([2.0, -3.0, 1.0]))
+        router.per_expert_scale.copy_(torch.tensor([0.5, 7.0, -2.0]))
+    routing = router(x_TD)
+    logits = [2.0, -4.0, 0.0]
+    scores = reference_scores(logits, "softmax")
+    assert routing.logits_TN.tolist() == [pytest.approx(logits)]
+    assert routing.index_TK.tolist() == [[0, 2]]
+    assert routing.weight_TK.tolist() == [pytest.approx([0.5 * scores[0], -2.0 * scores[2]])]
+
+
+def test_input_jitter_multiplies_the_input_in_training_only() -> None:
+    """Every factor is within 1 +- 0.25, they spread evenly over that range, and the seed decides them."""
+    router = identity_router(TopKConfig(top_k=1, input_jitter=0.25), 64).train()
+    x_TD = torch.full((200, 64), 2.0, dtype=torch.float64)
+    factors_TN = router(x_TD, RoutingContext(seed=torch.tensor(1))).logits_TN / 2.0
+    assert 0.75 <= factors_TN.min() < 0.76
+    assert 1.24 < factors_TN.max() <= 1.25
+    assert factors_TN.mean().item() == pytest.approx(1.0, abs=0.005)
+    assert factors_TN.std().item() == pytest.approx(0.25 / math.sqrt(3), rel=0.02)
+    assert torch.equal(x_TD, torch.full_like(x_TD, 2.0))  # the experts' input is left alone
+    assert not torch.equal(router(x_TD, RoutingContext(seed=torch.tensor(2))).logits_TN / 2.0, factors_TN)
+    for layer in (1, 47):
+        router.layer = layer
+        assert not torch.equal(router(x_TD, RoutingContext(seed=torch.tensor(1))).logits_TN / 2.0, factors_TN)
+    assert torch.equal(router.eval()(x_TD).logits_TN, x_TD)
+
+
 # --- A slow reference, written from the field descriptions in plain floats -------------------------------------------
 
 
@@ -139,8 +216,12 @@ def reference_scores(logits: list[float], function: str) -> list[float]:
 
 def reference_route(logits: list[float], bias: list[float], fields: dict[str, Any]) -> tuple[list[int], list[float]]:
     """Picks and weights of one token."""
+    logits = [value * fields["logit_scale"] for value in logits]
+    if fields["logit_softcap"]:
+        logits = [fields["logit_softcap"] * math.tanh(value / fields["logit_softcap"]) for value in logits]
     scores = reference_scores(logits, fields["score_function"])
-    choice = [value + shift for value, shift in zip(scores, bias, strict=True)]
+    compared = logits if fields["select_by"] == "logits" else scores
+    choice = [value + shift for value, shift in zip(compared, bias, strict=True)]
     if fields["num_groups"]:
         size = len(choice) // fields["num_groups"]
         best = 1 if fields["group_score"] == "max" else 2
@@ -156,7 +237,9 @@ def reference_route(logits: list[float], bias: list[float], fields: dict[str, An
     else:
         weights = [scores[expert] for expert in picks]
     if fields["normalize_top_k"]:
-        total = sum(weights) + fields["normalization_epsilon"]
+        order = fields["normalization_order"]
+        total = sum(value**order for value in weights) ** (1 / order)
+        total = max(total, fields["normalization_floor"]) + fields["normalization_epsilon"]
         weights = [value / total for value in weights]
     return picks, [value * fields["scaling_factor"] for value in weights]
 
@@ -170,13 +253,19 @@ def routing_cases(draw: st.DrawFn) -> tuple[dict[str, Any], list[list[float]], l
     grouped = draw(st.booleans())
     top_k_groups = draw(st.integers(1, num_groups))
     score_function = draw(st.sampled_from(["softmax", "sigmoid", "sqrt_softplus"]))
+    normalize = draw(st.booleans())
     fields = {
         "top_k": draw(st.integers(1, top_k_groups * group_size if grouped else num_experts)),
         "score_function": score_function,
         "softmax_over": draw(st.sampled_from(["all", "selected"])) if score_function == "softmax" else "all",
-        "normalize_top_k": draw(st.booleans()),
+        "normalize_top_k": normalize,
+        "normalization_order": draw(st.sampled_from([1.0, 2.0, 3.0])) if normalize else 1.0,
+        "normalization_floor": draw(st.sampled_from([0.0, 0.8])) if normalize else 0.0,
         "normalization_epsilon": draw(st.sampled_from([0.0, 1e-20, 0.25])),
         "scaling_factor": draw(st.sampled_from([1.0, 2.5])),
+        "select_by": draw(st.sampled_from(["scores", "logits"])),
+        "logit_scale": draw(st.sampled_from([1.0, 0.5])),
+        "logit_softcap": draw(st.sampled_from([None, 2.0])),
         "num_groups": num_groups if grouped else None,
         "top_k_groups": top_k_groups if grouped else None,
         "group_score": draw(st.sampled_from(["max", "top2_sum"])),
@@ -206,7 +295,10 @@ def test_router_equals_the_slow_reference(
 
 def near_tie(logits: list[float], bias: list[float] | None, fields: dict[str, Any]) -> bool:
     """Whether rounding alone decides: two sums of unequal parts that agree to 1e-12, experts or groups."""
-    scores = reference_scores(logits, fields["score_function"])
+    logits = [value * fields["logit_scale"] for value in logits]
+    if fields["logit_softcap"]:
+        logits = [fields["logit_softcap"] * math.tanh(value / fields["logit_softcap"]) for value in logits]
+    scores = logits if fields["select_by"] == "logits" else reference_scores(logits, fields["score_function"])
     parts = list(zip(scores, bias or [0.0] * len(scores), strict=True))
     if any(one != two and abs(sum(one) - sum(two)) < 1e-12 for one in parts for two in parts):
         return True
@@ -420,6 +512,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"top_k": 5, "num_groups": 4, "top_k_groups": 2},
         r"top_k_groups = 2 groups of 2 hold fewer than top_k \(5\) experts; choose 3 to 4",
     ),
+    "norm of weights that are left alone": (
+        {"top_k": 2, "normalization_order": 2.0},
+        r"normalization_order = 2.0 has no effect without normalize_top_k; set normalize_top_k: true",
+    ),
+    "floor of weights that are left alone": (
+        {"top_k": 2, "normalization_floor": 1e-12},
+        r"normalization_floor = 1e-12 has no effect without normalize_top_k",
+    ),
+    "order zero": ({"top_k": 2, "normalize_top_k": True, "normalization_order": 0}, r"normalization_order = 0 is not"),
+    "bound of zero": ({"top_k": 2, "logit_softcap": 0.0}, r"logit_softcap = 0.0 is not valid; .* greater than 0"),
+    "logits without scale": ({"top_k": 2, "logit_scale": 0.0}, r"logit_scale = 0.0 is not valid"),
+    "jitter that may turn signs": (
+        {"top_k": 2, "input_jitter": 1.0},
+        r"input_jitter = 1.0 is not valid; .* less than 1",
+    ),
+    "selection by weights": ({"top_k": 2, "select_by": "weights"}, r"select_by = 'weights' is not one of the choices"),
     "unknown key": ({"top_k": 2, "normalise_top_k": True}, r"normalise_top_k = True .* did you mean 'normalize_top_k'"),
     "scale that is not a number": ({"top_k": 2, "scaling_factor": math.nan}, r"scaling_factor = nan is not valid"),
 }

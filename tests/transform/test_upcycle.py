@@ -177,6 +177,8 @@ def test_tied_embeddings_stay_tied() -> None:
             {},
             "moe.router.normalization_epsilon = 0.01 .*set it to 0",
         ),
+        ({"router": {"normalization_floor": 0.5}}, {}, "moe.router.normalization_floor = 0.5 .*set it to 0"),
+        ({"router": {"normalization_order": 2.0}}, {}, "moe.router.normalization_order = 2.0 .*set it to 1"),
         ({"router": {"scaling_factor": 2.0}}, {}, "moe.router.scaling_factor = 2.0 .*set it to 1.0"),
         ({}, {"noise": 0.1}, "noise = 0.1 .*exact=False"),
         ({"layers": {"only": [5]}}, {}, "layers.only = 5 .*choose 0 to 2"),

@@ -35,7 +35,7 @@ def uniform(context: RoutingContext | None, layer: int, shape: Sequence[int], *,
     seed = torch.zeros((), dtype=torch.int64, device=like.device)
     if context is not None and context.seed is not None:
         seed = context.seed.to(like.device)
-    key = _mix(_mix(seed + _STEP) + (1 + layer) * _STEP + stream)
+    key = _mix(_mix(seed + _STEP) + _wrap((1 + layer) * _STEP + stream))
     hashed = _mix(key + torch.arange(count, device=like.device) * _STEP)
     # 52 bits fit a double exactly; the half keeps 0 and 1 out.
     unit = ((hashed >> 12) & (2**52 - 1)).to(torch.float64).add(0.5).mul(2.0**-52)
@@ -58,6 +58,11 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ _shift(x, 30)) * _FIRST
     x = (x ^ _shift(x, 27)) * _SECOND
     return x ^ _shift(x, 31)
+
+
+def _wrap(number: int) -> int:
+    """A Python integer as int64 arithmetic would leave it; torch refuses larger ones."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

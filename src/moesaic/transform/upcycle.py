@@ -136,12 +136,21 @@ def _check_exact(spec: MoESpec, noise: float) -> None:
             "lets the weights of a token sum to less than 1, which changes the logits at step 0",
             "set it to true, or exact=False if that is meant",
         )
-    if router.normalize_top_k and router.normalization_epsilon > torch.finfo(torch.float32).eps:
+    for field in ("normalization_epsilon", "normalization_floor"):
+        value = getattr(router, field)
+        if router.normalize_top_k and value > torch.finfo(torch.float32).eps:
+            raise ConfigError(
+                f"moe.router.{field}",
+                value,
+                "lets the weights of a token sum to less than 1, which changes the logits at step 0",
+                "set it to 0, or exact=False if that is meant",
+            )
+    if router.normalization_order != 1.0:
         raise ConfigError(
-            "moe.router.normalization_epsilon",
-            router.normalization_epsilon,
-            "lets the weights of a token sum to less than 1, which changes the logits at step 0",
-            "set it to 0, or exact=False if that is meant",
+            "moe.router.normalization_order",
+            router.normalization_order,
+            "lets the weights of a token sum to another number than 1, which changes the logits at step 0",
+            "set it to 1, or exact=False if that is meant",
         )
     if router.scaling_factor != 1.0:
         raise ConfigError(

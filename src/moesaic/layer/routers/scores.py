@@ -52,3 +52,21 @@ def top_k(scores_TN: Tensor, k: int, *, stable: bool) -> Tensor:
     if stable:
         return scores_TN.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
     return scores_TN.topk(k, dim=-1).indices
+
+
+def normalize(weight_TK: Tensor, *, order: float = 1.0, floor: float = 0.0, epsilon: float = 0.0) -> Tensor:
+    """Divide each token's K weights, none of them negative, by their L_p norm.
+
+    Args:
+        weight_TK: weights of the picks.
+        order: p; 1 is the sum.
+        floor: the least value of the norm.
+        epsilon: added to it after that.
+    """
+    if order == 1:
+        total_T1 = weight_TK.sum(-1, keepdim=True)
+    else:
+        total_T1 = torch.linalg.vector_norm(weight_TK, ord=order, dim=-1, keepdim=True)
+    if floor:
+        total_T1 = total_T1.clamp(min=floor)
+    return weight_TK / (total_T1 + epsilon)

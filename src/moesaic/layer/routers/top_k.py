@@ -11,9 +11,10 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
+from moesaic.layer.noise import uniform
 from moesaic.layer.record import Routing, RoutingContext
-from moesaic.layer.routers.base import BaseRouterConfig, Router, check_top_k
-from moesaic.layer.routers.scores import GroupScore, ScoreFunction, limit_to_groups, score, top_k
+from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router, check_top_k
+from moesaic.layer.routers.scores import GroupScore, ScoreFunction, limit_to_groups, normalize, score, top_k
 
 
 class TopKConfig(BaseRouterConfig):
@@ -27,11 +28,23 @@ class TopKConfig(BaseRouterConfig):
         softmax_over: "all" experts before selection, or the "selected" logits after it (gpt-oss, Granite). "selected"
             equals "all" with `normalize_top_k`, in values and gradients.
         normalize_top_k: divide the K weights by their sum.
-        normalization_epsilon: added to that sum (1e-20 in DeepSeek-V3).
-        scaling_factor: multiplies the weights last (2.5 in DeepSeek-V3).
-        selection_bias: add a per-expert bias, which no gradient reaches, to the scores for selection only
+        normalization_order: divide by their L_p norm with this p instead; 1 is the sum (DBRX).
+        normalization_floor: the least value of that sum or norm (1e-12 in ERNIE 4.5).
+        normalization_epsilon: added to that sum or norm (1e-20 in DeepSeek-V3).
+        scaling_factor: multiplies the weights (2.5 in DeepSeek-V3).
+        expert_scale: multiply each weight last by a learned factor of its expert, 1 at first (Gemma 4).
+        selection_bias: add a per-expert bias, which no gradient reaches, to what is compared in selection only
             (`e_score_correction_bias`; arXiv 2408.15664).
+        select_by: compare the "scores", or the "logits". The two differ under a selection bias, and where scores
+            saturate: the sigmoids of logits above 17 are equal in float32.
         linear_bias: give the logits' linear map a learned bias (gpt-oss).
+        input_jitter: in training, multiply the router's input by independent uniform numbers from 1 - input_jitter to
+            1 + input_jitter (Switch Transformers, arXiv 2101.03961, appendix C). Experts see the input as it is.
+        input_norm: divide the router's input by its root mean square first (Gemma 4).
+        input_norm_epsilon: added to that mean square.
+        input_scale: then multiply it by a learned vector, 1 at first (Gemma 4).
+        logit_scale: multiplies the logits.
+        logit_softcap: bound the logits by this c: c * tanh(logits / c). None for no bound.
         num_groups: experts stand in this many equal groups; None for no group limit.
         top_k_groups: groups that a token may use.
         group_score: a group's score is the "max" of its experts (DeepSeek-V2) or the "top2_sum" (DeepSeek-V3).
@@ -45,10 +58,20 @@ class TopKConfig(BaseRouterConfig):
     score_function: ScoreFunction = "softmax"
     softmax_over: Literal["all", "selected"] = "all"
     normalize_top_k: bool = False
+    normalization_order: float = Field(default=1.0, gt=0)
+    normalization_floor: float = Field(default=0.0, ge=0)
     normalization_epsilon: float = Field(default=0.0, ge=0)
     scaling_factor: float = 1.0
+    expert_scale: bool = False
     selection_bias: bool = False
+    select_by: Literal["scores", "logits"] = "scores"
     linear_bias: bool = False
+    input_jitter: float = Field(default=0.0, ge=0, lt=1)
+    input_norm: bool = False
+    input_norm_epsilon: float = Field(default=1e-6, ge=0)
+    input_scale: bool = False
+    logit_scale: float = Field(default=1.0, gt=0)
+    logit_softcap: float | None = Field(default=None, gt=0)
     num_groups: PositiveInt | None = None
     top_k_groups: PositiveInt | None = None
     group_score: GroupScore = "max"
@@ -61,6 +84,10 @@ class TopKConfig(BaseRouterConfig):
             raise ConfigError(
                 "softmax_over", "selected", f"needs softmax scores, not {self.score_function}", "leave it at `all`"
             )
+        for field in ("normalization_order", "normalization_floor"):
+            value = getattr(self, field)
+            if not self.normalize_top_k and value != type(self).model_fields[field].default:
+                raise ConfigError(field, value, "has no effect without normalize_top_k", "set normalize_top_k: true")
         if (self.num_groups is None) != (self.top_k_groups is None):
             raise ConfigError(
                 "top_k_groups" if self.top_k_groups is None else "num_groups",
@@ -73,6 +100,9 @@ class TopKConfig(BaseRouterConfig):
                 "top_k_groups", self.top_k_groups, "is larger than num_groups", f"choose 1 to {self.num_groups}"
             )
         return self
+
+    def depends_on(self, training: bool) -> frozenset[Dependence]:
+        return frozenset({"random_numbers"} if training and self.input_jitter else ())
 
     def check(self, num_experts: int) -> None:
         check_top_k(self.top_k, num_experts)
@@ -104,8 +134,9 @@ class TopKConfig(BaseRouterConfig):
 class TopKRouter(Router[TopKConfig]):
     """Linear logits, a score function, and the K best experts of each token.
 
-    Parameters are named as in transformers: `weight` (N, D), `bias` (N,), and the buffer `e_score_correction_bias`
-    (N,), which stays float32 when the module is cast.
+    Parameters are named as in transformers: `weight` (N, D), `bias` (N,), `scale` (D,) of the input and
+    `per_expert_scale` (N,) of the weights, and the buffer `e_score_correction_bias` (N,), which stays float32 when the
+    module is cast.
     """
 
     e_score_correction_bias: Tensor | None
@@ -115,31 +146,38 @@ class TopKRouter(Router[TopKConfig]):
         super().__init__(config, num_experts, config.top_k)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(num_experts)) if config.linear_bias else None
+        self.scale = nn.Parameter(torch.empty(hidden_size)) if config.input_scale else None
+        self.per_expert_scale = nn.Parameter(torch.empty(num_experts)) if config.expert_scale else None
         correction = torch.zeros(num_experts, dtype=torch.float32) if config.selection_bias else None
         self.register_buffer("e_score_correction_bias", correction)
         self.reset_parameters()
 
+    def reset_parameters(self, std: float = 0.02) -> None:
+        super().reset_parameters(std)
+        for scale in (self.scale, self.per_expert_scale):
+            if scale is not None:
+                nn.init.ones_(scale)
+
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
         config = self.config
-        logits_TN = self._logits(x_TD)
+        logits_TN = self._logits(x_TD, context)
         scores_TN = score(logits_TN, config.score_function)
-        selection_TN = scores_TN.detach()
-        if self.e_score_correction_bias is not None:
-            selection_TN = selection_TN + self.e_score_correction_bias
-        if config.num_groups is not None and config.top_k_groups is not None:
-            mask_value = float("-inf") if config.group_mask_value == "-inf" else 0.0
-            selection_TN = limit_to_groups(
-                selection_TN, config.num_groups, config.top_k_groups, config.group_score, mask_value
-            )
-        index_TK = top_k(selection_TN, config.top_k, stable=config.stable_ties)
+        index_TK, selection_TN = self._select(logits_TN if config.select_by == "logits" else scores_TN)
         if config.softmax_over == "selected":
             weight_TK = logits_TN.gather(-1, index_TK).softmax(-1)
         else:
             weight_TK = scores_TN.gather(-1, index_TK)
         if config.normalize_top_k:
-            weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + config.normalization_epsilon)
+            weight_TK = normalize(
+                weight_TK,
+                order=config.normalization_order,
+                floor=config.normalization_floor,
+                epsilon=config.normalization_epsilon,
+            )
         if config.scaling_factor != 1.0:
             weight_TK = weight_TK * config.scaling_factor
+        if self.per_expert_scale is not None:
+            weight_TK = weight_TK * self.per_expert_scale.to(weight_TK.dtype)[index_TK]
         return Routing(
             index_TK=index_TK,
             weight_TK=weight_TK,
@@ -148,12 +186,38 @@ class TopKRouter(Router[TopKConfig]):
             selection_TN=selection_TN,
         )
 
-    def _logits(self, x_TD: Tensor) -> Tensor:
-        precision = self.precision(x_TD)
+    def _select(self, compared_TN: Tensor) -> tuple[Tensor, Tensor]:
+        """The picks, and what was compared to find them: biased, and masked outside the token's groups."""
+        config = self.config
+        selection_TN = compared_TN.detach()
+        if self.e_score_correction_bias is not None:
+            selection_TN = selection_TN + self.e_score_correction_bias
+        if config.num_groups is not None and config.top_k_groups is not None:
+            mask_value = float("-inf") if config.group_mask_value == "-inf" else 0.0
+            selection_TN = limit_to_groups(
+                selection_TN, config.num_groups, config.top_k_groups, config.group_score, mask_value
+            )
+        return top_k(selection_TN, config.top_k, stable=config.stable_ties), selection_TN
+
+    def _logits(self, x_TD: Tensor, context: RoutingContext | None) -> Tensor:
+        config, precision = self.config, self.precision(x_TD)
         bias = None if self.bias is None else self.bias.to(precision)
         # Autocast would run this product in bfloat16, where scores of many experts tie.
         with torch.autocast(x_TD.device.type, enabled=False):
-            return F.linear(x_TD.to(precision), self.weight.to(precision), bias)
+            input_TD = x_TD.to(precision)
+            if self.training and config.input_jitter:
+                noise_TD = uniform(context, self.layer, input_TD.shape, stream=0, like=input_TD)
+                input_TD = input_TD * (1 + config.input_jitter * (2 * noise_TD - 1))
+            if config.input_norm:
+                input_TD = F.rms_norm(input_TD, input_TD.shape[-1:], eps=config.input_norm_epsilon)
+            if self.scale is not None:
+                input_TD = input_TD * self.scale.to(precision)
+            logits_TN = F.linear(input_TD, self.weight.to(precision), bias)
+        if config.logit_scale != 1.0:
+            logits_TN = logits_TN * config.logit_scale
+        if config.logit_softcap is not None:
+            logits_TN = config.logit_softcap * torch.tanh(logits_TN / config.logit_softcap)
+        return logits_TN
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, score_function={self.config.score_function}"
