@@ -85,4 +85,6 @@ ROUTERS: dict[str, Row] = {
             "expert_scale": True,
         }
     ),
+    "noisy_top_k": Row({"type": "noisy_top_k", "top_k": 3}),
+    "noisy_fixed": Row({"type": "noisy_top_k", "top_k": 1, "noise": "fixed", "softmax_over": "all"}),
 }

@@ -136,3 +136,23 @@ def test_a_list_of_layers_does_not_go_with_a_rule(rule: dict[str, int]) -> None:
         ConfigError, match=r"only = \(1,\) does not go with first_dense or every; give the indices alone"
     ):
         LayerPlacement.from_dict({"only": [1], **rule})
+
+
+def test_a_router_section_without_type_is_top_k() -> None:
+    spec = MoESpec.from_dict({"experts": {"num_experts": 8, "intermediate_size": 4}, "router": {"top_k": 2}})
+    assert spec.router.type == "top_k"
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        ({"type": "top_k", "topk": 2}, r"^moe.router.topk = 2 is not a known key; did you mean 'top_k'"),
+        ({"type": "noisy_topk"}, r"^moe.router.type = 'noisy_topk' is not one of the choices; .*'noisy_top_k'"),
+        ({"type": "noisy_top_k"}, r"^moe.router.top_k = None is required"),
+        ({}, r"^moe.router.top_k = None is required"),
+    ],
+)
+def test_errors_of_a_router_section_name_the_field(router: dict, message: str) -> None:
+    values = {"experts": {"num_experts": 8, "intermediate_size": 4}, "router": router}
+    with pytest.raises(ConfigError, match=message):
+        MoESpec.from_dict(values, where="moe")

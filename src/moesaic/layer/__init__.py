@@ -15,7 +15,15 @@ from moesaic.layer.experts import Experts, ExpertsConfig
 from moesaic.layer.load import LayerLoad, all_reduce_loads, loads_of
 from moesaic.layer.permutation import Order, gather, order, restore
 from moesaic.layer.record import Routing, RoutingContext
-from moesaic.layer.routers import BaseRouterConfig, Router, RouterConfig, TopKConfig, TopKRouter
+from moesaic.layer.routers import (
+    BaseRouterConfig,
+    NoisyTopKConfig,
+    NoisyTopKRouter,
+    Router,
+    RouterConfig,
+    TopKConfig,
+    TopKRouter,
+)
 from moesaic.layer.shared_experts import SharedExperts, SharedExpertsConfig
 from moesaic.layer.spec import LayerPlacement, MoESpec
 
@@ -29,6 +37,8 @@ __all__ = [
     "LoadBalancing",
     "MoEBlock",
     "MoESpec",
+    "NoisyTopKConfig",
+    "NoisyTopKRouter",
     "Order",
     "Router",
     "RouterConfig",

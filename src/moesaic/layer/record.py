@@ -30,6 +30,8 @@ class Routing:
             is `index_TK`. Balance losses count these.
         dropped_TK: picks that found their expert full; None without a capacity.
         assignment: how experts get their input when it is not a token for each pick: slots, or merged experts.
+        load_TN: differentiable probability of each column to be selected, where the router has one (noisy top-k); the
+            load loss balances its sum over tokens.
         auxiliary: losses that belong to the router's mechanism, by name, a value for each token (T,).
     """
 
@@ -43,6 +45,7 @@ class Routing:
     chosen_TK: Tensor | None = None
     dropped_TK: Tensor | None = None
     assignment: Assignment | None = None
+    load_TN: Tensor | None = None
     auxiliary: dict[str, Tensor] = field(default_factory=dict)
 
     @property

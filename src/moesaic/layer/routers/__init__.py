@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
 from moesaic.layer.routers.base import BaseRouterConfig, Router
+from moesaic.layer.routers.noisy_top_k import NoisyTopKConfig, NoisyTopKRouter
 from moesaic.layer.routers.top_k import TopKConfig, TopKRouter
 
-# The registry: with a second router it becomes `Annotated[A | B, Field(discriminator="type")]`, one line a member.
-RouterConfig = TopKConfig
 
-__all__ = ["BaseRouterConfig", "Router", "RouterConfig", "TopKConfig", "TopKRouter"]
+def _top_k_unless_named(values: Any) -> Any:
+    return {"type": "top_k", **values} if isinstance(values, dict) else values
+
+
+# The registry: a union discriminated by `type`, one line a member; a section without `type` is top_k.
+RouterConfig = Annotated[
+    TopKConfig  # keep the next lines in alphabetical order
+    | NoisyTopKConfig,
+    Field(discriminator="type"),
+    BeforeValidator(_top_k_unless_named),
+]
+
+__all__ = [
+    "BaseRouterConfig",
+    "NoisyTopKConfig",
+    "NoisyTopKRouter",
+    "Router",
+    "RouterConfig",
+    "TopKConfig",
+    "TopKRouter",
+]
