@@ -49,3 +49,13 @@ class UnsupportedExport(MoesaicError, ValueError):
 
 class UnsupportedKernel(MoesaicError, ValueError):
     """No expert kernel can run these weights on this input; the message lists each kernel's reason."""
+
+
+class UnsupportedDecoding(MoesaicError, ValueError):
+    """A model that can't generate token by token; the message says what its routing depends on."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"{reason}, so decoding token by token would route otherwise than training did; "
+            "use a router that docs/routers calls servable, or score whole sequences"
+        )

@@ -92,8 +92,13 @@ def build_backbone(config: PreTrainedConfig, owner: PreTrainedConfig, spec: MoES
     with torch.device("meta"):
         backbone = _class_with_experts(backbone_class(config), spec.experts.gated)(config)
         layers = getattr(backbone, family.layers)
-        for index in spec.layers.indices(len(layers)):
-            _place(layers[index], index, family, config, owner, spec)
+        indices = spec.layers.indices(len(layers))
+        blocks = [
+            _place(layers[index], index, family, config, owner, spec.at(position))
+            for position, index in enumerate(indices)
+        ]
+        for block in blocks[1:]:
+            block.gate.share(blocks[0].gate)
     if not on_meta_device():
         backbone.to_empty(device=target)
     return backbone
@@ -101,12 +106,13 @@ def build_backbone(config: PreTrainedConfig, owner: PreTrainedConfig, spec: MoES
 
 def _place(
     layer: nn.Module, index: int, family: Family, config: PreTrainedConfig, owner: PreTrainedConfig, spec: MoESpec
-) -> None:
+) -> MoEBlock:
     experts = MoesaicExperts(owner, spec.experts, config.hidden_size)
     block = BackboneMoEBlock(spec, config.hidden_size, index, experts, family.returns_tuple)
     setattr(layer, family.feed_forward, block)
     attention = cast(nn.Module, getattr(layer, family.attention))
     attention.register_forward_pre_hook(block.receive_context, with_kwargs=True)
+    return block
 
 
 def moe_blocks(backbone: PreTrainedModel) -> dict[int, MoEBlock]:

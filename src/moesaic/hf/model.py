@@ -12,10 +12,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from moesaic.errors import UnsupportedDecoding
 from moesaic.hf.backbone import CONTEXT, build_backbone, moe_blocks
 from moesaic.hf.configuration import MoesaicConfig
 from moesaic.hf.experts import IMPLEMENTATION
 from moesaic.hf.families import family_of
+from moesaic.hf.limits import check_needs, check_pipeline
 from moesaic.hf.output import MoeCausalLMOutput, MoeModelOutput
 from moesaic.layer import MoEBlock, RoutingContext
 from moesaic.layer.balance import BalanceObjective
@@ -62,7 +64,12 @@ class MoesaicModel(MoesaicPreTrainedModel):
 
     def __init__(self, config: MoesaicConfig) -> None:
         super().__init__(config)
-        self.backbone = build_backbone(config.get_text_config(), config, config.spec)
+        spec = config.spec
+        check_pipeline(config, spec)
+        self.backbone = build_backbone(config.get_text_config(), config, spec)
+        self._unservable = spec.unservable
+        self._needs = spec.router.needs
+        self._draws = "random_numbers" in spec.depends_on(training=True)
         self.gradient_checkpointing = False
         self._listeners: OrderedDict[int, RoutingListener] = OrderedDict()
         self.post_init()
@@ -95,6 +102,8 @@ class MoesaicModel(MoesaicPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
+        modality_ids: Tensor | None = None,
+        task_ids: Tensor | None = None,
         output_router_logits: bool | None = None,
         output_routing: bool = False,
         **kwargs: Any,
@@ -108,11 +117,24 @@ class MoesaicModel(MoesaicPreTrainedModel):
             position_ids: (B, S).
             past_key_values: cache of earlier tokens.
             inputs_embeds: embeddings instead of ids.
+            modality_ids: (B, S) modality of each token, for routers that ask for it.
+            task_ids: (B,) task of each sequence, for routers that ask for it.
             output_router_logits: return router logits; the default is the config's.
             output_routing: return the whole routing.
             **kwargs: passed to the backbone (`use_cache`, `output_hidden_states`, ...).
+
+        Raises:
+            UnsupportedDecoding: if a cache holds earlier tokens that the routing of these would depend on.
+            ConfigError: if a router needs ids, modalities or tasks that are not given.
         """
         context = _context(input_ids, inputs_embeds, position_ids, attention_mask)
+        if self._unservable is not None and past_key_values is not None and past_key_values.get_seq_length() > 0:
+            raise UnsupportedDecoding(self._unservable)
+        context.modality_T = None if modality_ids is None else modality_ids.reshape(-1)
+        context.task_B = task_ids
+        check_needs(context, self._needs)
+        if self._draws and self.training:
+            context.seed = torch.randint(2**62, ())
         # capture_outputs of the backbone would look for a recorder of router logits that dense families lack.
         output = self.backbone(
             input_ids=input_ids,
@@ -174,6 +196,17 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, GenerationMixin):
         """The MoE blocks by decoder layer index."""
         return self.model.moe_blocks()
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As `GenerationMixin.generate`, which documents the arguments.
+
+        Raises:
+            UnsupportedDecoding: if the routing of a token depends on more than that token and earlier ones.
+        """
+        unservable = self.config.spec.unservable
+        if unservable is not None:
+            raise UnsupportedDecoding(unservable)
+        return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] its protocol names private attributes
+
     @can_return_tuple
     def forward(
         self,
@@ -206,7 +239,7 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, GenerationMixin):
             num_items_in_batch: number of predicted tokens over all micro-batches and ranks of the optimiser step. With
                 it, the losses are this micro-batch's share of that mean: sums over micro-batches equal the loss of one
                 large batch, balance losses included. HF Trainer passes it.
-            **kwargs: passed to the backbone and the loss function.
+            **kwargs: passed to the decoder (`modality_ids`, `task_ids`), its backbone and the loss function.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits

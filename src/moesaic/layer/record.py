@@ -96,7 +96,6 @@ class RoutingContext:
         task_B: task of each sequence, if the model was told.
         seed: int64 scalar from which routers that draw random numbers derive them; None for a fixed one. It makes them
             pure functions: layers that are recomputed draw the same numbers.
-        has_past: earlier tokens of these sequences are in a cache, and are not routed again.
         records: routing by layer index, in the order in which layers ran.
         objective: set when layers must add their balance gradient while they are recomputed.
         state_gradients: gradient of each layer's router state that recomputed layers above have left for it.
@@ -109,7 +108,6 @@ class RoutingContext:
     modality_T: Tensor | None = None
     task_B: Tensor | None = None
     seed: Tensor | None = None
-    has_past: bool = False
     records: dict[int, Routing] = field(default_factory=dict)
     objective: Recomputed | None = None
     state_gradients: dict[int, Tensor] = field(default_factory=dict)

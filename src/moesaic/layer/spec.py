@@ -9,6 +9,7 @@ from moesaic.errors import ConfigError
 from moesaic.layer.balance import BalanceConfig
 from moesaic.layer.experts import ExpertsConfig
 from moesaic.layer.routers import RouterConfig
+from moesaic.layer.routers.base import Dependence
 from moesaic.layer.shared_experts import SharedExpertsConfig
 
 
@@ -19,11 +20,16 @@ class LayerPlacement(Config):
         first_dense: this many layers at the bottom stay dense.
         every: of the rest, every n-th layer is MoE, the n-th first.
         only: explicit layer indices instead of the rule.
+        num_experts: experts of each MoE layer, lowest first, instead of the same number for all (a pyramid:
+            arXiv 2201.05596, section 4.1).
+        top_k: picks in each MoE layer, instead of the same number for all.
     """
 
     first_dense: NonNegativeInt = 0
     every: PositiveInt = 1
     only: tuple[NonNegativeInt, ...] | None = None
+    num_experts: tuple[PositiveInt, ...] | None = None
+    top_k: tuple[PositiveInt, ...] | None = None
 
     @model_validator(mode="after")
     def _one_way(self) -> LayerPlacement:
@@ -50,6 +56,15 @@ class LayerPlacement(Config):
                 f"leaves no MoE layer among {num_layers}",
                 "lower first_dense or every, or name layers in only",
             )
+        for name in ("num_experts", "top_k"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(chosen):
+                raise ConfigError(
+                    f"layers.{name}",
+                    values,
+                    f"has {len(values)} values for {len(chosen)} MoE layers",
+                    f"give one value for each of the layers {list(chosen)}",
+                )
         return chosen
 
 
@@ -81,9 +96,57 @@ class MoESpec(Config):
         names = [loss.name for loss in self.balance]
         if len(names) != len(set(names)):
             raise ConfigError("balance", names, "names a loss twice", "keep one entry for each type")
+        if self.layers.top_k is not None and "top_k" not in type(self.router).model_fields:
+            raise ConfigError("layers.top_k", self.layers.top_k, f"means nothing to {self.router.type}", "remove it")
+        for position in range(max(map(len, filter(None, (self.layers.num_experts, self.layers.top_k))), default=0)):
+            self._check_layer(position)
         if self.shared_experts is not None and self.experts.activation == "clamped_swiglu":
             raise ConfigError("shared_experts", self.shared_experts.to_dict(), "can't use clamped_swiglu", "use silu")
         return self
+
+    def _check_layer(self, position: int) -> None:
+        """Check the router against the values that the per-layer lists give one MoE layer."""
+        layers, router = self.layers, self.router
+        counts = layers.num_experts or (self.experts.num_experts,) * (position + 1)
+        if layers.top_k is not None and position < len(layers.top_k):
+            router = router.model_copy(update={"top_k": layers.top_k[position]})
+        if position >= len(counts):
+            return  # the lists are of different length, which `indices` reports with the number of layers
+        try:
+            router.check(counts[position])
+        except ConfigError as error:
+            name = "num_experts" if layers.top_k is None else "top_k"
+            raise ConfigError(f"layers.{name}.{position}", error.value, error.problem, error.remedy) from None
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether MoE layers differ in their number of experts or picks."""
+        return self.layers.num_experts is not None or self.layers.top_k is not None
+
+    def at(self, position: int) -> MoESpec:
+        """The spec of the MoE layer at a position among the MoE layers, without per-layer lists.
+
+        Raises:
+            ConfigError: if the values for that layer do not fit together, or its router has no `top_k`.
+        """
+        if not self.per_layer:
+            return self
+        values = self.to_dict()
+        for section, name in (("experts", "num_experts"), ("router", "top_k")):
+            listed = getattr(self.layers, name)
+            if listed is not None:
+                values[section][name] = listed[position]
+            values["layers"][name] = None
+        return MoESpec.from_dict(values, where=f"moe (MoE layer {position})")
+
+    def depends_on(self, training: bool) -> frozenset[Dependence]:
+        """What the output of a token depends on besides the token itself and earlier ones of its sequence."""
+        return self.router.depends_on(training)
+
+    @property
+    def unservable(self) -> str | None:
+        """Why a model with these layers can't decode token by token with a cache, or None if it can."""
+        return None if self.router.unservable is None else f"moe.router: {self.router.unservable}"
 
     @property
     def shared_width(self) -> int:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moesaic.data import PreparedData, prepare_data
 from moesaic.errors import ConfigError
 from moesaic.train.loop import TrainResult, train
@@ -37,7 +39,9 @@ def dense_control(run: RunConfig) -> RunConfig:
         raise ConfigError("moe", None, "is required for a comparison", "give a run with MoE layers")
     if not isinstance(run.backbone, dict):
         raise ConfigError("backbone", run.backbone, "must be a dict for a comparison", "write its fields into the file")
-    width = run.moe.router.top_k * run.moe.experts.intermediate_size + run.moe.shared_width
+    with torch.device("meta"):
+        picks = run.moe.router.build(run.moe.experts.intermediate_size, run.moe.experts.num_experts).picks
+    width = round(picks * run.moe.experts.intermediate_size) + run.moe.shared_width
     values: dict[str, Any] = run.to_dict() | {"moe": None, "backbone": {**run.backbone, "intermediate_size": width}}
     return RunConfig.from_dict(values)
 

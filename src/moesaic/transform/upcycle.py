@@ -11,7 +11,7 @@ from moesaic.hf import MoesaicForCausalLM
 from moesaic.hf.families import family_of, feed_forward_weights
 from moesaic.hf.feed_forward import FeedForwardWeights, read
 from moesaic.hf.transplant import decoder_layers, transplant
-from moesaic.layer import MoEBlock, MoESpec
+from moesaic.layer import MoEBlock, MoESpec, TopKConfig
 
 
 def copy_spec(dense_model: PreTrainedModel, *, num_experts: int, top_k: int) -> MoESpec:
@@ -129,6 +129,10 @@ def _check_exact(spec: MoESpec, noise: float) -> None:
     if noise:
         raise ConfigError("noise", noise, "changes the logits at step 0", "set exact=False if that is meant")
     router = spec.router
+    if not isinstance(router, TopKConfig):
+        raise ConfigError(
+            "moe.router.type", router.type, "is not known to preserve logits at step 0", "use top_k, or exact=False"
+        )
     if not (router.normalize_top_k or router.softmax_over == "selected"):
         raise ConfigError(
             "moe.router.normalize_top_k",

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from moesaic.errors import ConfigError, UnsupportedModel
-from moesaic.layer import LayerPlacement, MoESpec
+from moesaic.errors import ConfigError, UnsupportedExport, UnsupportedModel
+from moesaic.layer import LayerPlacement, MoESpec, TopKConfig
 from moesaic.layer.activations import ACTIVATIONS
 
 
@@ -60,6 +60,17 @@ class FamilyConversion(ABC):
     def to_stock(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `to_block`."""
         return rename(tensors, self.names)
+
+
+def top_k_router(spec: MoESpec) -> TopKConfig:
+    """The router of a spec, which is of the only kind that stock families have.
+
+    Raises:
+        UnsupportedExport: if it is of another kind.
+    """
+    if not isinstance(spec.router, TopKConfig):
+        raise UnsupportedExport(f"moe.router.type = {spec.router.type!r}: stock families only have top_k routers")
+    return spec.router
 
 
 def rename(tensors: Mapping[str, Tensor], children: Mapping[str, str]) -> dict[str, Tensor]:

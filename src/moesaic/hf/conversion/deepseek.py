@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from moesaic.hf.conversion.base import FamilyConversion, activation_field, unsupported
+from moesaic.hf.conversion.base import FamilyConversion, activation_field, top_k_router, unsupported
 from moesaic.layer import MoESpec
 
 SELECTION_BIAS = "gate.e_score_correction_bias"
@@ -41,9 +41,9 @@ class DeepseekV2Conversion(FamilyConversion):
         return {**_block(config), "router": router}
 
     def restrict(self, config: PreTrainedConfig, spec: MoESpec) -> dict[str, Any]:
-        if spec.router.num_groups is None:
+        if top_k_router(spec).num_groups is None:
             return _restrict(config, spec) | {"topk_method": "greedy"}
-        groups = {"n_group": spec.router.num_groups, "topk_group": spec.router.top_k_groups}
+        groups = {"n_group": top_k_router(spec).num_groups, "topk_group": top_k_router(spec).top_k_groups}
         return _restrict(config, spec) | groups | {"topk_method": "group_limited_greedy"}
 
 
@@ -63,9 +63,9 @@ class DeepseekV3Conversion(FamilyConversion):
 
     def restrict(self, config: PreTrainedConfig, spec: MoESpec) -> dict[str, Any]:
         return _restrict(config, spec) | {
-            "norm_topk_prob": spec.router.normalize_top_k,
-            "n_group": spec.router.num_groups or 1,
-            "topk_group": spec.router.top_k_groups or 1,
+            "norm_topk_prob": top_k_router(spec).normalize_top_k,
+            "n_group": top_k_router(spec).num_groups or 1,
+            "topk_group": top_k_router(spec).top_k_groups or 1,
         }
 
     def to_block(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -109,10 +109,10 @@ def _groups(config: PreTrainedConfig, group_score: str) -> dict[str, Any]:
 def _restrict(config: PreTrainedConfig, spec: MoESpec) -> dict[str, Any]:
     return {
         "n_routed_experts": spec.experts.num_experts,
-        "num_experts_per_tok": spec.router.top_k,
+        "num_experts_per_tok": top_k_router(spec).top_k,
         "moe_intermediate_size": spec.experts.intermediate_size,
         "n_shared_experts": max(1, spec.shared_width // spec.experts.intermediate_size),
         "first_k_dense_replace": min(spec.layers.indices(config.num_hidden_layers)),
-        "routed_scaling_factor": spec.router.scaling_factor,
+        "routed_scaling_factor": top_k_router(spec).scaling_factor,
         **activation_field(config, spec),
     }

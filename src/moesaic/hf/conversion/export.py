@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moesaic.errors import UnsupportedExport, UnsupportedModel
-from moesaic.hf.conversion.base import FamilyConversion
+from moesaic.hf.conversion.base import FamilyConversion, top_k_router
 from moesaic.hf.conversion.registry import CONVERSIONS, conversion_of
 from moesaic.hf.conversion.siblings import sparse_sibling
 from moesaic.hf.families import family_of
@@ -48,8 +48,9 @@ def export(model: MoesaicForCausalLM) -> PreTrainedModel:
 
 def _stock_config(backbone: PreTrainedConfig, spec: MoESpec) -> PreTrainedConfig:
     """The config with which a stock family computes what `backbone` with `spec` computes."""
-    if not isinstance(spec.router, TopKConfig):
-        raise UnsupportedExport(f"moe.router.type = {spec.router.type!r}: stock families only have top_k routers")
+    top_k_router(spec)
+    if spec.per_layer:
+        raise UnsupportedExport("moe.layers: stock families have the same number of experts and picks in every layer")
     config = copy.deepcopy(backbone) if backbone.model_type in CONVERSIONS else sparse_sibling(backbone)
     conversion = conversion_of(config)
     # A config that says the same already keeps its own way of saying it.
@@ -123,6 +124,6 @@ def _carry_balance(config: PreTrainedConfig, conversion: FamilyConversion, spec:
     for loss in spec.balance:
         advice = "it has no counterpart there"
         if loss.type == "load_balancing" and hasattr(config, "router_aux_loss_coef"):
-            coefficient = loss.coefficient * num_layers / spec.router.top_k
+            coefficient = loss.coefficient * num_layers / top_k_router(spec).top_k
             advice = f"output_router_logits=True with router_aux_loss_coef={coefficient:g} comes close in training"
         logger.warning("export to %s drops the balance loss %s: %s", config.model_type, loss.name, advice)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from moesaic.hf.conversion.base import FamilyConversion, read_balance
+from moesaic.hf.conversion.base import FamilyConversion, read_balance, top_k_router
 from moesaic.layer import MoESpec
 
 TRANSPOSED = ("experts.gate_up_proj", "experts.down_proj")
@@ -38,7 +38,7 @@ class GptOssConversion(FamilyConversion):
     def restrict(self, config: PreTrainedConfig, spec: MoESpec) -> dict[str, Any]:
         fields: dict[str, Any] = {
             "num_local_experts": spec.experts.num_experts,
-            "num_experts_per_tok": spec.router.top_k,
+            "num_experts_per_tok": top_k_router(spec).top_k,
             "intermediate_size": spec.experts.intermediate_size,
         }
         if spec.experts.activation == "clamped_swiglu":

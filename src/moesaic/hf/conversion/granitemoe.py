@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from moesaic.hf.conversion.base import FamilyConversion, activation_field, read_balance
+from moesaic.hf.conversion.base import FamilyConversion, activation_field, read_balance, top_k_router
 from moesaic.layer import MoESpec
 
 
@@ -30,7 +30,7 @@ class GraniteMoeConversion(FamilyConversion):
     def restrict(self, config: PreTrainedConfig, spec: MoESpec) -> dict[str, Any]:
         return {
             "num_local_experts": spec.experts.num_experts,
-            "num_experts_per_tok": spec.router.top_k,
+            "num_experts_per_tok": top_k_router(spec).top_k,
             "intermediate_size": spec.experts.intermediate_size,
             **activation_field(config, spec),
         }

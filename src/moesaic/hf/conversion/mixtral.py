@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from moesaic.hf.conversion.base import FamilyConversion, activation_field, read_balance, unsupported
+from moesaic.hf.conversion.base import FamilyConversion, activation_field, read_balance, top_k_router, unsupported
 from moesaic.layer import MoESpec
 
 
@@ -34,7 +34,7 @@ class MixtralConversion(FamilyConversion):
     def restrict(self, config: PreTrainedConfig, spec: MoESpec) -> dict[str, Any]:
         return {
             "num_local_experts": spec.experts.num_experts,
-            "num_experts_per_tok": spec.router.top_k,
+            "num_experts_per_tok": top_k_router(spec).top_k,
             "intermediate_size": spec.experts.intermediate_size,
             "router_jitter_noise": 0.0,
             **activation_field(config, spec),

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from moesaic.hf.conversion.base import FamilyConversion, activation_field, read_balance, unsupported
+from moesaic.hf.conversion.base import FamilyConversion, activation_field, read_balance, top_k_router, unsupported
 from moesaic.layer import MoESpec
 
 
@@ -28,7 +28,7 @@ class OlmoeConversion(FamilyConversion):
     def restrict(self, config: PreTrainedConfig, spec: MoESpec) -> dict[str, Any]:
         return {
             "num_experts": spec.experts.num_experts,
-            "num_experts_per_tok": spec.router.top_k,
+            "num_experts_per_tok": top_k_router(spec).top_k,
             "intermediate_size": spec.experts.intermediate_size,
             "norm_topk_prob": _sums_to_one(spec),
             **activation_field(config, spec),
@@ -55,7 +55,7 @@ class Qwen3MoeConversion(FamilyConversion):
         moe_layers = spec.layers.indices(config.num_hidden_layers)
         return {
             "num_experts": spec.experts.num_experts,
-            "num_experts_per_tok": spec.router.top_k,
+            "num_experts_per_tok": top_k_router(spec).top_k,
             "moe_intermediate_size": spec.experts.intermediate_size,
             "norm_topk_prob": _sums_to_one(spec),
             "decoder_sparse_step": 1,
@@ -94,4 +94,4 @@ def _placement(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _sums_to_one(spec: MoESpec) -> bool:
-    return spec.router.normalize_top_k or spec.router.softmax_over == "selected"
+    return top_k_router(spec).normalize_top_k or top_k_router(spec).softmax_over == "selected"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -146,17 +145,21 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
         """
 
     def share(self, first: Router) -> None:
-        """Take the modules that all layers have in common from the router of the first MoE layer."""
+        """Take the modules that all layers have in common from the router of the first MoE layer; see `borrow`."""
+
+    def borrow(self, name: str, owner: Router) -> None:
+        """Use submodule `name` of another router in place of one's own.
+
+        It is registered with its owner only: there it is stored, moved, counted and trained once.
+        """
+        delattr(self, name)
+        # Past nn.Module's own __setattr__, which would register it.
+        object.__setattr__(self, name, getattr(owner, name))
 
     @property
     def picks(self) -> float:
         """Experts that a token runs on average when the load is balanced."""
         return self.top_k
-
-    @property
-    def shared_parameters(self) -> Iterable[str]:
-        """Names of the parameters that `share` takes from the first router."""
-        return ()
 
     @staticmethod
     def precision(x_TD: Tensor) -> torch.dtype:
