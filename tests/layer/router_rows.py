@@ -87,4 +87,20 @@ ROUTERS: dict[str, Row] = {
     ),
     "noisy_top_k": Row({"type": "noisy_top_k", "top_k": 3}),
     "noisy_fixed": Row({"type": "noisy_top_k", "top_k": 1, "noise": "fixed", "softmax_over": "all"}),
+    "null_experts": Row({"type": "null_experts", "top_k": 4, "num_null": 6}),
+    "null_experts_more_picks_than_experts": Row({"type": "null_experts", "top_k": 10, "num_null": 5}),
+    "null_experts_over_selected": Row(
+        {"type": "null_experts", "top_k": 3, "num_null": 8, "normalize_over": "selected", "linear_bias": True}
+    ),
+    "longcat_flash": Row(
+        {
+            "type": "null_experts",
+            "top_k": 4,
+            "num_null": 4,
+            "normalize_over": "none",
+            "null_output": "identity",
+            "scaling_factor": 6.0,
+            "selection_bias": True,
+        }
+    ),
 }

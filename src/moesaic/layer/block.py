@@ -56,6 +56,8 @@ class MoEBlock(nn.Module):
             y_TD = routing.assignment.run(self.experts, x_TD)
         else:
             y_TD = self.experts(x_TD, routing.index_TK, routing.weight_TK)
+        if routing.identity_weight_T is not None:
+            y_TD = y_TD + (routing.identity_weight_T.unsqueeze(-1) * x_TD).to(y_TD.dtype)
         if self.shared_experts is not None:
             shared_TD = self.shared_experts(x_TD)
             if self.shared_expert_gate is not None:

@@ -29,6 +29,7 @@ class Routing:
         chosen_TK: what was selected, in [0, M], before null experts and dropped picks became no expert; None where that
             is `index_TK`. Balance losses count these.
         dropped_TK: picks that found their expert full; None without a capacity.
+        identity_weight_T: weight with which the token itself is added to the output, from nulls that pass it on.
         assignment: how experts get their input when it is not a token for each pick: slots, or merged experts.
         load_TN: differentiable probability of each column to be selected, where the router has one (noisy top-k); the
             load loss balances its sum over tokens.
@@ -44,6 +45,7 @@ class Routing:
     num_null: int = 0
     chosen_TK: Tensor | None = None
     dropped_TK: Tensor | None = None
+    identity_weight_T: Tensor | None = None
     assignment: Assignment | None = None
     load_TN: Tensor | None = None
     auxiliary: dict[str, Tensor] = field(default_factory=dict)

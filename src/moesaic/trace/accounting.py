@@ -73,7 +73,8 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Accounting:
-    """Size and cost of a model. Routed experts are active by K / N, everything else in full.
+    """Size and cost of a model. Routed experts are active by the share of
+    them that a token runs when the load is balanced (K / N, less with null experts), everything else in full.
 
     Attributes:
         parts: parameters by part, in the order of `PARTS`, parts without parameters left out. An output head tied to
@@ -201,7 +202,7 @@ class _Region(NamedTuple):
 
     part: str
     layer: int | None = None
-    picks: int = 1
+    picks: float = 1
     experts: int = 1
 
 
@@ -228,7 +229,7 @@ def _regions(owner: PreTrainedModel, layers: nn.ModuleList, family: Family) -> d
         if isinstance(feed_forward, MoEBlock):
             router = feed_forward.gate
             regions[router] = _Region("router", index)
-            regions[feed_forward.experts] = _Region("routed experts", index, router.top_k, router.num_experts)
+            regions[feed_forward.experts] = _Region("routed experts", index, router.picks, router.num_experts)
             for shared in filter(None, (feed_forward.shared_experts, feed_forward.shared_expert_gate)):
                 regions[shared] = _Region("shared experts", index)
         elif hasattr(feed_forward, "experts"):
@@ -253,7 +254,7 @@ def _uses(
         region = region._replace(part="norms")
     for name, parameter in module.named_parameters(recurse=False):
         matmul = parameter.ndim > 1 and not name.endswith("bias") and region.part not in ("embeddings", "norms")
-        active = parameter.numel() * region.picks // region.experts
+        active = round(parameter.numel() * region.picks / region.experts)
         yield _Use(region.part, region.layer, parameter.numel(), active, matmul, parameter not in seen)
         seen.add(parameter)
     for child in module.children():

@@ -19,13 +19,19 @@ class LoadBalancing(BalanceLoss):
     over all experts. Uniform routing gives 1, collapse onto one set of K experts up to N / K. Gradient flows through P
     only. Picks of no expert are not counted.
 
+    Null experts count as experts, N then being the number of all columns, but share one f: the mean of theirs (AdaMoE,
+    arXiv 2406.13233, eq. 6). So it does not matter which of them a token picks. AdaMoE's value is K times ours.
+
     Attributes:
         scope: tokens over which f and P are taken: each "sequence" on its own, which makes the loss exactly independent
             of accumulation and world size, or the whole micro-"batch", a looser demand that does depend on its size.
+        pool_nulls: give null experts one common f; otherwise they are balanced among each other, too, which AdaMoE
+            finds worse (table 3).
     """
 
     type: Literal["load_balancing"] = "load_balancing"
     scope: Literal["sequence", "batch"] = "sequence"
+    pool_nulls: bool = True
 
     def per_sequence(self, routing: Routing, context: RoutingContext) -> Tensor:
         counts_BN, scores_BN, tokens_B = _sums(routing, context)
@@ -33,6 +39,9 @@ class LoadBalancing(BalanceLoss):
             counts_BN = counts_BN.sum(0, keepdim=True).expand_as(counts_BN)
             scores_BN = scores_BN.sum(0, keepdim=True).expand_as(scores_BN)
             tokens_B = tokens_B.sum().expand_as(tokens_B)
+        if self.pool_nulls and routing.num_null:
+            experts_BN, nulls_BN = counts_BN.split([routing.num_experts, routing.num_null], dim=-1)
+            counts_BN = torch.cat([experts_BN, nulls_BN.mean(-1, keepdim=True).expand_as(nulls_BN)], dim=-1)
         tokens_B1 = tokens_B.clamp(min=1).unsqueeze(-1)
         f_BN = counts_BN * routing.num_columns / (routing.top_k * tokens_B1)
         return (f_BN * scores_BN / tokens_B1).sum(-1)

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from moesaic.layer.routers.base import BaseRouterConfig, Router
 from moesaic.layer.routers.noisy_top_k import NoisyTopKConfig, NoisyTopKRouter
+from moesaic.layer.routers.null_experts import NullExpertsConfig, NullExpertsRouter
 from moesaic.layer.routers.top_k import TopKConfig, TopKRouter
 
 
@@ -18,7 +19,8 @@ def _top_k_unless_named(values: Any) -> Any:
 # The registry: a union discriminated by `type`, one line a member; a section without `type` is top_k.
 RouterConfig = Annotated[
     TopKConfig  # keep the next lines in alphabetical order
-    | NoisyTopKConfig,
+    | NoisyTopKConfig
+    | NullExpertsConfig,
     Field(discriminator="type"),
     BeforeValidator(_top_k_unless_named),
 ]
@@ -27,6 +29,8 @@ __all__ = [
     "BaseRouterConfig",
     "NoisyTopKConfig",
     "NoisyTopKRouter",
+    "NullExpertsConfig",
+    "NullExpertsRouter",
     "Router",
     "RouterConfig",
     "TopKConfig",
