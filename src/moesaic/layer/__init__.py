@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from moesaic.layer.balance import BalanceLoss, LoadBalancing, ZLoss, expert_load, max_violation, routing_entropy
 from moesaic.layer.block import MoEBlock
+from moesaic.layer.capacity import CapacityConfig, limit_capacity
 from moesaic.layer.experts import Experts, ExpertsConfig
 from moesaic.layer.load import LayerLoad, all_reduce_loads, loads_of
 from moesaic.layer.permutation import Order, gather, order, restore
@@ -32,6 +33,7 @@ from moesaic.layer.spec import LayerPlacement, MoESpec
 __all__ = [
     "BalanceLoss",
     "BaseRouterConfig",
+    "CapacityConfig",
     "Experts",
     "ExpertsConfig",
     "LayerLoad",
@@ -56,6 +58,7 @@ __all__ = [
     "all_reduce_loads",
     "expert_load",
     "gather",
+    "limit_capacity",
     "loads_of",
     "max_violation",
     "order",

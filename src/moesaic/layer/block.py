@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from moesaic.layer.capacity import limit_capacity
 from moesaic.layer.experts import ActivationName, Experts
 from moesaic.layer.record import RoutingContext
 from moesaic.layer.routers import Router
@@ -32,6 +33,7 @@ class MoEBlock(nn.Module):
         self.layer = layer
         self.gate: Router = spec.router.build(hidden_size, spec.experts.num_experts)
         self.gate.layer = layer
+        self.capacity = spec.capacity
         self.experts = experts if experts is not None else Experts(spec.experts, hidden_size)
         self.shared_experts = self.shared_expert_gate = None
         if spec.shared_experts is not None:
@@ -50,6 +52,8 @@ class MoEBlock(nn.Module):
         """Apply the block to (..., D); the routing is committed to `context` if there is one."""
         x_TD = x.reshape(-1, x.shape[-1])
         routing = self.gate(x_TD, context)
+        if self.capacity is not None:
+            routing = limit_capacity(routing, self.capacity, context, training=self.training, layer=self.layer)
         if context is not None:
             context.commit(self.layer, routing)
         if routing.assignment is not None:

@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from moesaic.configuration import Config
 from moesaic.errors import ConfigError
 from moesaic.layer.balance import BalanceConfig
+from moesaic.layer.capacity import CapacityConfig
 from moesaic.layer.experts import ExpertsConfig
 from moesaic.layer.routers import RouterConfig
 from moesaic.layer.routers.base import Dependence
@@ -75,6 +76,7 @@ class MoESpec(Config):
         experts: the routed experts.
         router: how tokens choose experts.
         shared_experts: experts that are always on, or None.
+        capacity: how many tokens an expert takes, or None for any number.
         layers: which layers are MoE.
         balance: losses on the routing, each with its coefficient.
         dropout: dropout probability on the block's output during training (GPT-2's feed-forward dropout).
@@ -83,6 +85,7 @@ class MoESpec(Config):
     experts: ExpertsConfig
     router: RouterConfig
     shared_experts: SharedExpertsConfig | None = None
+    capacity: CapacityConfig | None = None
     layers: LayerPlacement = LayerPlacement()
     balance: tuple[BalanceConfig, ...] = ()
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -93,6 +96,13 @@ class MoESpec(Config):
             self.router.check(self.experts.num_experts)
         except ConfigError as error:
             raise ConfigError(f"router.{error.field}", error.value, error.problem, error.remedy) from None
+        if self.capacity is not None and self.router.refuses_capacity is not None:
+            raise ConfigError(
+                "capacity",
+                self.capacity.to_dict(),
+                f"does not go with router {self.router.type}: {self.router.refuses_capacity}",
+                "remove it",
+            )
         names = [loss.name for loss in self.balance]
         if len(names) != len(set(names)):
             raise ConfigError("balance", names, "names a loss twice", "keep one entry for each type")
@@ -141,12 +151,25 @@ class MoESpec(Config):
 
     def depends_on(self, training: bool) -> frozenset[Dependence]:
         """What the output of a token depends on besides the token itself and earlier ones of its sequence."""
-        return self.router.depends_on(training)
+        limited = frozenset[Dependence]() if self.capacity is None else self.capacity.depends_on(training)
+        return self.router.depends_on(training) | limited
 
     @property
     def unservable(self) -> str | None:
         """Why a model with these layers can't decode token by token with a cache, or None if it can."""
-        return None if self.router.unservable is None else f"moe.router: {self.router.unservable}"
+        if self.router.unservable is not None:
+            return f"moe.router: {self.router.unservable}"
+        if self.capacity is not None and self.capacity.limits(training=False):
+            return (
+                "moe.capacity: how full an expert is depends on the tokens in the cache, which are not routed again; "
+                "set eval_factor to null"
+            )
+        return None
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether picks may be no expert, because of the router or the capacity."""
+        return self.router.may_skip or self.capacity is not None
 
     @property
     def shared_width(self) -> int:

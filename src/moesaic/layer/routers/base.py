@@ -66,6 +66,15 @@ class BaseRouterConfig(Config, ABC):
         """Whether every expert runs, or is merged, for every token: then there is no load to balance."""
         return False
 
+    @property
+    def refuses_capacity(self) -> str | None:
+        """Why experts can't be given a capacity, or None if they can."""
+        if self.runs_all_experts:
+            return "every expert runs for every token, so that none can be full"
+        if self.variable_width:
+            return "the number of picks depends on the data, so that a capacity factor has nothing to multiply"
+        return None
+
     @abstractmethod
     def check(self, num_experts: int) -> None:
         """Check against the number of experts.
