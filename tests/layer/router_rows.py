@@ -85,6 +85,28 @@ ROUTERS: dict[str, Row] = {
             "expert_scale": True,
         }
     ),
+    "dense": Row({"type": "dense"}, balanced="every token runs every expert"),
+    "dense_evaluated_sparsely": Row(
+        {"type": "dense", "evaluation_top_k": 2, "score_function": "sigmoid", "linear_bias": True},
+        balanced="in training every token runs every expert",
+    ),
+    "hash_random": Row({"type": "hash", "vocabulary_size": VOCABULARY, "top_k": 2}),
+    "hash_balanced": Row({"type": "hash", "vocabulary_size": VOCABULARY, "table": "balanced", "frequencies": "zipf"}),
+    "hash_ngram": Row({"type": "hash", "vocabulary_size": VOCABULARY, "table": "ngram", "ngram_length": 3, "top_k": 2}),
+    "hash_domains": Row({"type": "hash", "vocabulary_size": VOCABULARY, "num_domains": 4, "top_k": 2}),
+    "hash_deepseek_v4": Row(
+        {
+            "type": "hash",
+            "vocabulary_size": VOCABULARY,
+            "top_k": 3,
+            "table": "stored",
+            "weights": "scores",
+            "score_function": "sqrt_softplus",
+            "normalize_top_k": True,
+            "normalization_epsilon": 1e-20,
+            "scaling_factor": 1.5,
+        }
+    ),
     "noisy_top_k": Row({"type": "noisy_top_k", "top_k": 3}),
     "noisy_fixed": Row({"type": "noisy_top_k", "top_k": 1, "noise": "fixed", "softmax_over": "all"}),
     "null_experts": Row({"type": "null_experts", "top_k": 4, "num_null": 6}),

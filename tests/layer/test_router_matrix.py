@@ -397,7 +397,8 @@ def test_checkpointing_changes_neither_record_nor_gradients(config: BaseRouterCo
 def test_state_dict_round_trip(config: BaseRouterConfig) -> None:
     router, other = make_router(config, seed=0), make_router(config, seed=1)
     expected = route(router, make_input())
-    if router.state_dict():
+    # Tables of integers follow from the config, and are the same whatever the seed.
+    if any(tensor.is_floating_point() and tensor.ndim for tensor in router.state_dict().values()):
         assert not same(tensors(route(other, make_input())), tensors(expected))
     other.load_state_dict(router.state_dict())
     assert_same(route(other, make_input()), expected)

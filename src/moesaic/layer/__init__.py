@@ -18,6 +18,10 @@ from moesaic.layer.permutation import Order, gather, order, restore
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers import (
     BaseRouterConfig,
+    DenseConfig,
+    DenseRouter,
+    HashConfig,
+    HashRouter,
     NoisyTopKConfig,
     NoisyTopKRouter,
     NullExpertsConfig,
@@ -34,8 +38,12 @@ __all__ = [
     "BalanceLoss",
     "BaseRouterConfig",
     "CapacityConfig",
+    "DenseConfig",
+    "DenseRouter",
     "Experts",
     "ExpertsConfig",
+    "HashConfig",
+    "HashRouter",
     "LayerLoad",
     "LayerPlacement",
     "LoadBalancing",

@@ -54,6 +54,14 @@ def gumbel(context: RoutingContext | None, layer: int, shape: Sequence[int], *, 
     return -torch.log(-torch.log(uniform(context, layer, shape, stream=stream, like=like)))
 
 
+def hash_of(*parts: Tensor) -> Tensor:
+    """A 64-bit hash of each tuple of integers; int64 tensors, which are broadcast against each other."""
+    hashed = torch.zeros((), dtype=torch.int64, device=parts[0].device)
+    for part in parts:
+        hashed = _mix(hashed + part + _STEP)
+    return hashed
+
+
 def _mix(x: Tensor) -> Tensor:
     x = (x ^ _shift(x, 30)) * _FIRST
     x = (x ^ _shift(x, 27)) * _SECOND

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from moesaic.layer.routers.base import BaseRouterConfig, Router
+from moesaic.layer.routers.dense import DenseConfig, DenseRouter
+from moesaic.layer.routers.hash import HashConfig, HashRouter
 from moesaic.layer.routers.noisy_top_k import NoisyTopKConfig, NoisyTopKRouter
 from moesaic.layer.routers.null_experts import NullExpertsConfig, NullExpertsRouter
 from moesaic.layer.routers.top_k import TopKConfig, TopKRouter
@@ -19,6 +21,8 @@ def _top_k_unless_named(values: Any) -> Any:
 # The registry: a union discriminated by `type`, one line a member; a section without `type` is top_k.
 RouterConfig = Annotated[
     TopKConfig  # keep the next lines in alphabetical order
+    | DenseConfig
+    | HashConfig
     | NoisyTopKConfig
     | NullExpertsConfig,
     Field(discriminator="type"),
@@ -27,6 +31,10 @@ RouterConfig = Annotated[
 
 __all__ = [
     "BaseRouterConfig",
+    "DenseConfig",
+    "DenseRouter",
+    "HashConfig",
+    "HashRouter",
     "NoisyTopKConfig",
     "NoisyTopKRouter",
     "NullExpertsConfig",

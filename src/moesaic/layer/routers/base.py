@@ -88,14 +88,14 @@ class BaseRouterConfig(Config, ABC):
         """The router module for inputs of width `hidden_size`."""
 
 
-def check_top_k(top_k: int, available: int, what: str = "num_experts") -> None:
+def check_top_k(top_k: int, available: int, what: str = "num_experts", *, field: str = "top_k") -> None:
     """Refuse more picks than there is to pick from.
 
     Raises:
-        ConfigError: naming `top_k`.
+        ConfigError: naming `field`.
     """
     if top_k > available:
-        raise ConfigError("top_k", top_k, f"is larger than {what} ({available})", f"choose 1 to {available}")
+        raise ConfigError(field, top_k, f"is larger than {what} ({available})", f"choose 1 to {available}")
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseRouterConfig)
