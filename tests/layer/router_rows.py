@@ -125,4 +125,13 @@ ROUTERS: dict[str, Row] = {
             "selection_bias": True,
         }
     ),
+    "expert_choice": Row({"type": "expert_choice"}, balanced="every expert takes the same number of tokens"),
+    "expert_choice_over_the_batch": Row(
+        {"type": "expert_choice", "scope": "batch", "score_function": "sigmoid", "capacity_factor": 1.5},
+        balanced="every expert takes the same number of tokens",
+    ),
+    "expert_choice_with_threshold": Row(
+        {"type": "expert_choice", "decoding": "threshold", "max_experts_per_token": 3},
+        balanced="every expert takes the same number of tokens",
+    ),
 }

@@ -37,7 +37,7 @@ class MoesaicPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = {"e_score_correction_bias"}  # noqa: RUF012 (transformers declares no ClassVar)
+    _keep_in_fp32_modules_strict = {"e_score_correction_bias", "score_threshold"}  # noqa: RUF012 (transformers declares no ClassVar)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

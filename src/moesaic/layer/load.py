@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -16,17 +16,21 @@ from moesaic.layer.record import Routing, RoutingContext
 class LayerLoad:
     """Counts over any number of forward passes, int64 on the device of the model; padding is left out.
 
+    All of it are sums: loads are added over passes and over ranks.
+
     Attributes:
         chosen_M: selections of each column (experts, then null experts), before a capacity dropped any.
         load_N: picks that each expert computed.
         dropped: picks that a capacity dropped, scalar.
         tokens: real tokens, scalar.
+        statistics: the record's `statistics`, float64.
     """
 
     chosen_M: Tensor
     load_N: Tensor
     dropped: Tensor
     tokens: Tensor
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, routing: Routing, mask_T: Tensor | None = None) -> LayerLoad:
@@ -40,6 +44,7 @@ class LayerLoad:
             load_N=_count(index_TK, routing.num_experts),
             dropped=index_TK.new_zeros(()) if dropped_TK is None else dropped_TK.sum(),
             tokens=index_TK.new_full((), index_TK.shape[0]),
+            statistics={name: value.to(torch.float64) for name, value in routing.statistics.items()},
         )
 
     def __add__(self, other: LayerLoad) -> LayerLoad:
@@ -48,6 +53,7 @@ class LayerLoad:
             self.load_N + other.load_N,
             self.dropped + other.dropped,
             self.tokens + other.tokens,
+            {name: value + other.statistics[name] for name, value in self.statistics.items()},
         )
 
     @property
@@ -73,21 +79,33 @@ def loads_of(context: RoutingContext) -> dict[int, LayerLoad]:
 
 
 def all_reduce_loads(loads: Mapping[int, LayerLoad], group: dist.ProcessGroup | None = None) -> dict[int, LayerLoad]:
-    """Sums over the ranks of a data-parallel group, in one collective; the loads themselves without torch.distributed.
+    """Sums over the ranks of a data-parallel group; the loads themselves without torch.distributed.
 
-    All ranks must hold the same layers.
+    One collective, and a second one for statistics if there are any. All ranks must hold the same layers.
     """
     if not loads or not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return dict(loads)
-    fields = ("chosen_M", "load_N", "dropped", "tokens")
-    parts = [getattr(load, name).reshape(-1) for load in loads.values() for name in fields]
-    total = torch.cat(parts)
-    dist.all_reduce(total, group=group)
-    summed = iter(total.split([part.numel() for part in parts]))
+    names = ("chosen_M", "load_N", "dropped", "tokens")
+    counts = _summed([getattr(load, name) for load in loads.values() for name in names], group)
+    statistics = _summed([value for load in loads.values() for value in load.statistics.values()], group)
     return {
-        layer: replace(load, **{name: next(summed).view_as(getattr(load, name)) for name in fields})
+        layer: replace(
+            load,
+            **{name: next(counts) for name in names},
+            statistics={name: next(statistics) for name in load.statistics},
+        )
         for layer, load in loads.items()
     }
+
+
+def _summed(parts: list[Tensor], group: dist.ProcessGroup | None) -> Iterator[Tensor]:
+    """Each tensor summed over the ranks."""
+    if not parts:
+        return
+    total = torch.cat([part.reshape(-1) for part in parts])
+    dist.all_reduce(total, group=group)
+    for part, summed in zip(parts, total.split([part.numel() for part in parts]), strict=True):
+        yield summed.view_as(part)
 
 
 def _count(values_TK: Tensor, length: int) -> Tensor:

@@ -30,10 +30,13 @@ class Routing:
             is `index_TK`. Balance losses count these.
         dropped_TK: picks that found their expert full; None without a capacity.
         identity_weight_T: weight with which the token itself is added to the output, from nulls that pass it on.
+        ragged: tokens have different numbers of picks; K is that of the widest token, and means nothing else.
         assignment: how experts get their input when it is not a token for each pick: slots, or merged experts.
         load_TN: differentiable probability of each column to be selected, where the router has one (noisy top-k); the
             load loss balances its sum over tokens.
         auxiliary: losses that belong to the router's mechanism, by name, a value for each token (T,).
+        statistics: what the router's `post_step` reads besides counts, by name: sums over the pass, without gradient,
+            which are added over passes and ranks. A router gives the same names in every pass of a training.
     """
 
     index_TK: Tensor
@@ -46,9 +49,11 @@ class Routing:
     chosen_TK: Tensor | None = None
     dropped_TK: Tensor | None = None
     identity_weight_T: Tensor | None = None
+    ragged: bool = False
     assignment: Assignment | None = None
     load_TN: Tensor | None = None
     auxiliary: dict[str, Tensor] = field(default_factory=dict)
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_columns(self) -> int:

@@ -17,7 +17,7 @@ class LoadBalancing(BalanceLoss):
     Source: Switch Transformer (arXiv 2101.03961, eq. 4-6) for K = 1; DeepSeekMoE (arXiv 2401.06066, eq. 12-14) for
     any K; DeepSeek-V3 (arXiv 2412.19437, eq. 17-20) for scores that are not softmax, which are normalised to sum to 1
     over all experts. Uniform routing gives 1, collapse onto one set of K experts up to N / K. Gradient flows through P
-    only. Picks of no expert are not counted.
+    only. Picks of no expert are not counted. Where tokens have different numbers of picks, K T is the number of all picks.
 
     Null experts count as experts, N then being the number of all columns, but share one f: the mean of theirs (AdaMoE,
     arXiv 2406.13233, eq. 6). So it does not matter which of them a token picks. AdaMoE's value is K times ours.
@@ -43,7 +43,8 @@ class LoadBalancing(BalanceLoss):
             experts_BN, nulls_BN = counts_BN.split([routing.num_experts, routing.num_null], dim=-1)
             counts_BN = torch.cat([experts_BN, nulls_BN.mean(-1, keepdim=True).expand_as(nulls_BN)], dim=-1)
         tokens_B1 = tokens_B.clamp(min=1).unsqueeze(-1)
-        f_BN = counts_BN * routing.num_columns / (routing.top_k * tokens_B1)
+        picks_B1 = counts_BN.sum(-1, keepdim=True).clamp(min=1) if routing.ragged else routing.top_k * tokens_B1
+        f_BN = counts_BN * routing.num_columns / picks_B1
         return (f_BN * scores_BN / tokens_B1).sum(-1)
 
 

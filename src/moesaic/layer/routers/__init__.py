@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from moesaic.layer.routers.base import BaseRouterConfig, Router
 from moesaic.layer.routers.dense import DenseConfig, DenseRouter
+from moesaic.layer.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
 from moesaic.layer.routers.hash import HashConfig, HashRouter
 from moesaic.layer.routers.noisy_top_k import NoisyTopKConfig, NoisyTopKRouter
 from moesaic.layer.routers.null_experts import NullExpertsConfig, NullExpertsRouter
@@ -22,6 +23,7 @@ def _top_k_unless_named(values: Any) -> Any:
 RouterConfig = Annotated[
     TopKConfig  # keep the next lines in alphabetical order
     | DenseConfig
+    | ExpertChoiceConfig
     | HashConfig
     | NoisyTopKConfig
     | NullExpertsConfig,
@@ -33,6 +35,8 @@ __all__ = [
     "BaseRouterConfig",
     "DenseConfig",
     "DenseRouter",
+    "ExpertChoiceConfig",
+    "ExpertChoiceRouter",
     "HashConfig",
     "HashRouter",
     "NoisyTopKConfig",
