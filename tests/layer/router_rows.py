@@ -109,6 +109,19 @@ ROUTERS: dict[str, Row] = {
     ),
     "noisy_top_k": Row({"type": "noisy_top_k", "top_k": 3}),
     "noisy_fixed": Row({"type": "noisy_top_k", "top_k": 1, "noise": "fixed", "softmax_over": "all"}),
+    "gshard_second": Row({"type": "sampled_second", "policy": "dispatch"}),
+    "deepspeed_second": Row({"type": "sampled_second", "policy": "gumbel"}),
+    "prototyped": Row({"type": "prototyped", "num_groups": 4}),
+    "prototyped_two_of_a_group": Row({"type": "prototyped", "num_groups": 2, "top_k_in_group": 2}),
+    "attention": Row({"type": "attention", "top_k": 2, "normalize_top_k": True}),
+    "mlp": Row({"type": "mlp", "top_k": 2, "hidden_size": 5, "softmax_over": "selected"}),
+    "mlp_tanh": Row(
+        {"type": "mlp", "top_k": 1, "hidden_size": 5, "activation": "tanh", "hidden_bias": False, "scaling_factor": 2.0}
+    ),
+    "normalised": Row({"type": "normalised", "top_k": 2, "scale": 1.5}),
+    "normalised_sigmoid": Row(
+        {"type": "normalised", "top_k": 2, "score_function": "sigmoid", "linear_bias": False, "stable_ties": False}
+    ),
     "null_experts": Row({"type": "null_experts", "top_k": 4, "num_null": 6}),
     "null_experts_more_picks_than_experts": Row({"type": "null_experts", "top_k": 10, "num_null": 5}),
     "null_experts_over_selected": Row(

@@ -6,12 +6,17 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from moesaic.layer.routers.attention import AttentionConfig, AttentionRouter
 from moesaic.layer.routers.base import BaseRouterConfig, Router
 from moesaic.layer.routers.dense import DenseConfig, DenseRouter
 from moesaic.layer.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
 from moesaic.layer.routers.hash import HashConfig, HashRouter
+from moesaic.layer.routers.mlp import MLPConfig, MLPRouter
 from moesaic.layer.routers.noisy_top_k import NoisyTopKConfig, NoisyTopKRouter
+from moesaic.layer.routers.normalised import NormalisedConfig, NormalisedRouter
 from moesaic.layer.routers.null_experts import NullExpertsConfig, NullExpertsRouter
+from moesaic.layer.routers.prototyped import PrototypedConfig, PrototypedRouter
+from moesaic.layer.routers.sampled_second import SampledSecondConfig, SampledSecondRouter
 from moesaic.layer.routers.top_k import TopKConfig, TopKRouter
 
 
@@ -22,16 +27,23 @@ def _top_k_unless_named(values: Any) -> Any:
 # The registry: a union discriminated by `type`, one line a member; a section without `type` is top_k.
 RouterConfig = Annotated[
     TopKConfig  # keep the next lines in alphabetical order
+    | AttentionConfig
     | DenseConfig
     | ExpertChoiceConfig
     | HashConfig
+    | MLPConfig
     | NoisyTopKConfig
-    | NullExpertsConfig,
+    | NormalisedConfig
+    | NullExpertsConfig
+    | PrototypedConfig
+    | SampledSecondConfig,
     Field(discriminator="type"),
     BeforeValidator(_top_k_unless_named),
 ]
 
 __all__ = [
+    "AttentionConfig",
+    "AttentionRouter",
     "BaseRouterConfig",
     "DenseConfig",
     "DenseRouter",
@@ -39,12 +51,20 @@ __all__ = [
     "ExpertChoiceRouter",
     "HashConfig",
     "HashRouter",
+    "MLPConfig",
+    "MLPRouter",
     "NoisyTopKConfig",
     "NoisyTopKRouter",
+    "NormalisedConfig",
+    "NormalisedRouter",
     "NullExpertsConfig",
     "NullExpertsRouter",
+    "PrototypedConfig",
+    "PrototypedRouter",
     "Router",
     "RouterConfig",
+    "SampledSecondConfig",
+    "SampledSecondRouter",
     "TopKConfig",
     "TopKRouter",
 ]
