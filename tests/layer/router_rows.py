@@ -138,6 +138,11 @@ ROUTERS: dict[str, Row] = {
             "selection_bias": True,
         }
     ),
+    "soft_slots": Row({"type": "soft_slots"}, balanced="every token gets outputs of all experts"),
+    "soft_slots_unnormalised": Row(
+        {"type": "soft_slots", "slots_per_expert": 3, "normalize": False},
+        balanced="every token gets outputs of all experts",
+    ),
     "expert_choice": Row({"type": "expert_choice"}, balanced="every expert takes the same number of tokens"),
     "expert_choice_over_the_batch": Row(
         {"type": "expert_choice", "scope": "batch", "score_function": "sigmoid", "capacity_factor": 1.5},

@@ -40,6 +40,8 @@ from moesaic.layer.routers import (
     RouterConfig,
     SampledSecondConfig,
     SampledSecondRouter,
+    SoftSlotsConfig,
+    SoftSlotsRouter,
     TopKConfig,
     TopKRouter,
 )
@@ -84,6 +86,8 @@ __all__ = [
     "SampledSecondRouter",
     "SharedExperts",
     "SharedExpertsConfig",
+    "SoftSlotsConfig",
+    "SoftSlotsRouter",
     "TopKConfig",
     "TopKRouter",
     "ZLoss",

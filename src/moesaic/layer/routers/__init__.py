@@ -17,6 +17,7 @@ from moesaic.layer.routers.normalised import NormalisedConfig, NormalisedRouter
 from moesaic.layer.routers.null_experts import NullExpertsConfig, NullExpertsRouter
 from moesaic.layer.routers.prototyped import PrototypedConfig, PrototypedRouter
 from moesaic.layer.routers.sampled_second import SampledSecondConfig, SampledSecondRouter
+from moesaic.layer.routers.soft_slots import SoftSlotsConfig, SoftSlotsRouter
 from moesaic.layer.routers.top_k import TopKConfig, TopKRouter
 
 
@@ -36,7 +37,8 @@ RouterConfig = Annotated[
     | NormalisedConfig
     | NullExpertsConfig
     | PrototypedConfig
-    | SampledSecondConfig,
+    | SampledSecondConfig
+    | SoftSlotsConfig,
     Field(discriminator="type"),
     BeforeValidator(_top_k_unless_named),
 ]
@@ -65,6 +67,8 @@ __all__ = [
     "RouterConfig",
     "SampledSecondConfig",
     "SampledSecondRouter",
+    "SoftSlotsConfig",
+    "SoftSlotsRouter",
     "TopKConfig",
     "TopKRouter",
 ]
