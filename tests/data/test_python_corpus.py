@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.data.python_corpus import read_code, read_prose
+from moesaic.data.python_corpus import read_code, read_prose, read_tables
 from moesaic.errors import DataError
 
 
@@ -40,6 +40,17 @@ def test_order_depends_on_names_alone(tmp_path: Path):
 def test_a_coding_line_is_honoured(tmp_path: Path):
     (tmp_path / "old.py").write_bytes("# -*- coding: latin-1 -*-\nname = 'café'\n".encode("latin-1"))
     assert "café" in next(read_code(tmp_path)).text
+
+
+def test_tables_hold_the_characters_of_this_python():
+    documents = list(read_tables())
+    lines = [line for document in documents for line in document.text.splitlines()]
+    assert "00E9;LATIN SMALL LETTER E WITH ACUTE;Ll;0;L;0065 0301;" in lines
+    assert "00BD;VULGAR FRACTION ONE HALF;No;0;ON;<fraction> 0031 2044 0032;0.5" in lines
+    assert not any(line.split(";")[1].startswith("CJK") for line in lines)
+    assert {len(line.split(";")) for line in lines} == {7}
+    assert [document.origin for document in documents] == [document.origin for document in read_tables()]
+    assert {document.domain for document in documents} == {"tables"}
 
 
 def test_no_library_is_an_error(tmp_path: Path):

@@ -10,8 +10,10 @@ from typing import Any
 from moesaic.data.config import DatasetsSource, JsonlSource, PythonSource, Source, TextSource
 from moesaic.data.documents import Document, capped
 from moesaic.data.hf_datasets import read_dataset
-from moesaic.data.python_corpus import read_code, read_prose
+from moesaic.data.python_corpus import read_code, read_prose, read_tables
 from moesaic.data.text_files import find_files, read_jsonl, read_text
+
+_PYTHON_DOMAINS = {"prose": read_prose, "code": read_code, "tables": read_tables}
 
 
 def read_documents(sources: Iterable[Source]) -> Iterator[Document]:
@@ -23,7 +25,7 @@ def read_documents(sources: Iterable[Source]) -> Iterator[Document]:
     for source in sources:
         if isinstance(source, PythonSource):
             for domain in source.domains:
-                yield from capped(read_prose() if domain == "prose" else read_code(), max_bytes=source.max_bytes)
+                yield from capped(_PYTHON_DOMAINS[domain](), max_bytes=source.max_bytes)
         else:
             yield from capped(_read(source), max_documents=source.max_documents, max_bytes=source.max_bytes)
 

@@ -13,6 +13,14 @@ from moesaic.trace.metrics import (
 )
 from moesaic.trace.record import LayerTrace, RoutingTrace, record
 from moesaic.trace.report import write_report
+from moesaic.trace.specialisation import (
+    cross_layer_information,
+    domain_information,
+    expert_similarity,
+    gate_entropy,
+    inner_balance,
+    outer_balance,
+)
 
 __all__ = [
     "Accounting",
@@ -24,7 +32,13 @@ __all__ = [
     "account",
     "coactivation",
     "coactivation_counts",
+    "cross_layer_information",
+    "domain_information",
+    "expert_similarity",
+    "gate_entropy",
+    "inner_balance",
     "load_shares",
+    "outer_balance",
     "record",
     "relative_load",
     "top_tokens",
