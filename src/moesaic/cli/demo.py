@@ -14,12 +14,11 @@ import yaml
 from rich.table import Table
 
 from moesaic.cli.console import Json, Set, emit_json, errors, results
-from moesaic.cli.inspect import trace_batches
 from moesaic.cli.models import load
 from moesaic.cli.train import summary
 from moesaic.configuration import apply_overrides
 from moesaic.errors import TrainingError
-from moesaic.trace import Accounting, account, write_report
+from moesaic.trace import Accounting, account, trace_batches, write_report
 from moesaic.train import RunConfig, TrainResult, overall, read_metrics
 from moesaic.train.comparison import Comparison, compare
 from moesaic.train.loop import RUN_FILE

@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moesaic.cli.console import Json, Set, emit_json, results
 from moesaic.cli.models import load, model_folder, tokenizer_of
-from moesaic.cli.texts import BatchesByDomain, Texts, batches_of, sequence_length_for
+from moesaic.cli.texts import Texts, batches_of, sequence_length_for
 from moesaic.data import TrainBPE, load_tokenizer
 from moesaic.errors import ConfigError
 from moesaic.hf import MoesaicForCausalLM, build, convert, read_backbone
 from moesaic.layer.balance import max_violation
-from moesaic.trace import RoutingTrace, account, record, write_report
+from moesaic.trace import account, trace_batches, write_report
 from moesaic.train import RunConfig
 
 
@@ -70,22 +70,6 @@ def command(
             results.print(f"Routing of {trace.num_tokens:,} tokens: {report.resolve()}")
     if json:
         emit_json(summary)
-
-
-@torch.no_grad()
-def trace_batches(network: PreTrainedModel, batches: BatchesByDomain, *, max_tokens: int) -> RoutingTrace:
-    """Routing of about `max_tokens` tokens of each domain."""
-    with record(network) as trace:
-        for domain, found in batches.items():
-            seen = 0
-            with trace.domain(domain):
-                for batch in found:
-                    real_BT = batch["document_ids"] >= 0
-                    network(input_ids=batch["input_ids"], attention_mask=real_BT.long(), use_cache=False)
-                    seen += int(real_BT.sum())
-                    if seen >= max_tokens:
-                        break
-    return trace
 
 
 def _on_meta(path: Path, overrides: list[str]) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moesaic.trace.accounting import Accounting, Count, LayerPlan, account
+from moesaic.trace.batches import trace_batches
 from moesaic.trace.metrics import (
     TokenShare,
     coactivation,
@@ -42,5 +43,6 @@ __all__ = [
     "record",
     "relative_load",
     "top_tokens",
+    "trace_batches",
     "write_report",
 ]

@@ -1,0 +1,109 @@
+"""What a reproduction is: arms, measurements of a trained model, and claims."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from moesaic.data import PreparedData
+from moesaic.papers.claims import Claim, Measured
+from moesaic.train import RunConfig
+
+Fork = Callable[[Path, Path, Mapping[str, Any]], None]
+"""Write the model that an arm starts from: (checkpoint of the parent arm, folder to write, the arm's `fork` section)."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the models that an experiment trains; its numbers stand in the size's YAML file.
+
+    Attributes:
+        text: what it is, in a line.
+        parent: arm from whose last checkpoint it starts, of the same seed.
+        fork: makes its initial model of the parent's; None takes the parent's as it is.
+        compared: whether it is a result; a stage that others start from is not.
+    """
+
+    text: str
+    parent: str | None = None
+    fork: Fork | None = None
+    compared: bool = True
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained arm of one seed, for measurements.
+
+    Attributes:
+        arm: its name.
+        run: what was trained.
+        model: in evaluation mode.
+        data: held-out batches are in it.
+        initial: folder of the model that it started from, for forked arms.
+    """
+
+    arm: str
+    run: RunConfig
+    model: PreTrainedModel
+    data: PreparedData
+    initial: Path | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A measurement as a column of the page.
+
+    Attributes:
+        heading: what a reader sees.
+        digits: digits after the point.
+    """
+
+    heading: str
+    digits: int = 4
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A reproduction.
+
+    Attributes:
+        name: of the command, the files and the page.
+        module: Python module that holds it as `EXPERIMENT`; the files of its sizes lie beside it.
+        title: of the page.
+        paper: citation.
+        question: what it asks, in a line.
+        arms: by name, in the order of the page; a parent stands before the arms that start from it. A size takes those
+            that its file lists.
+        control: name of the arm that the others are compared with.
+        measure: measurements of a trained arm by name, besides the validation losses that every arm has.
+        columns: which measurements the page shows.
+        claims: what the paper says.
+        notes: what a reader must know to read the numbers right.
+        panel: draws the second panel of the plot, given matplotlib axes and the measurements by seed; None for none.
+    """
+
+    name: str
+    module: str
+    title: str
+    paper: str
+    question: str
+    arms: Mapping[str, Arm]
+    control: str
+    measure: Callable[[Trained], dict[str, float]]
+    columns: Mapping[str, Column]
+    claims: tuple[Claim, ...]
+    notes: tuple[str, ...] = ()
+    panel: Callable[[Any, list[Measured]], None] | None = None
+
+    def __reduce__(self) -> tuple[Callable[[str], Experiment], tuple[str]]:
+        """Pickled by module: the functions of claims don't pickle."""
+        return _experiment_of, (self.module,)
+
+
+def _experiment_of(module: str) -> Experiment:
+    return import_module(module).EXPERIMENT

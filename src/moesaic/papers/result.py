@@ -1,0 +1,187 @@
+"""Training and measuring one arm with one seed, and the file that its numbers are kept in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moesaic.data import PreparedData, prepare_data
+from moesaic.errors import CheckpointError, TrainingError
+from moesaic.files import atomic_directory, write_text
+from moesaic.papers.experiment import Experiment, Trained
+from moesaic.papers.sizes import SizedArm
+from moesaic.trace import account
+from moesaic.train import CheckpointStore, RunConfig, TrainResult, load_model, overall, read_metrics, train
+from moesaic.train.loop import CHECKPOINTS, METRICS_FILE
+from moesaic.train.model import select_device
+
+RESULT_FILE = "result.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What is known of an arm with one seed.
+
+    Attributes:
+        arm: its name.
+        seed: its seed.
+        run: the resolved run, as a dict.
+        measurements: `loss` over all domains, `loss.DOMAIN`, and what the experiment measures.
+        curve: (tokens, validation loss) of each evaluation.
+        tokens: trained on.
+        seconds: of training steps, without evaluation, checkpoints and measurements.
+        parameters: stored.
+        active_parameters: in use for a token.
+    """
+
+    arm: str
+    seed: int
+    run: dict[str, Any]
+    measurements: dict[str, float]
+    curve: list[tuple[int, float]]
+    tokens: int
+    seconds: float
+    parameters: int
+    active_parameters: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """An arm to train and measure with one seed, in a folder of its own."""
+
+    experiment: Experiment
+    arm: SizedArm
+    seed: int
+    output: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where this arm and seed live."""
+        return self.folder_of(self.arm.name)
+
+    def folder_of(self, arm: str) -> Path:
+        """Where another arm of the same seed lives."""
+        return self.output / f"seed-{self.seed}" / arm
+
+    @property
+    def parent(self) -> str | None:
+        """Arm that must be finished first."""
+        return self.experiment.arms[self.arm.name].parent
+
+    @property
+    def initial(self) -> Path | None:
+        """Folder of the model that a forked arm starts from."""
+        return None if self.parent is None else self.folder / "initial"
+
+    @property
+    def run(self) -> RunConfig:
+        """What is trained."""
+        return self.arm.run(self.seed, self.initial)
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return f"{self.arm.name}, seed {self.seed}"
+
+    @property
+    def steps_made(self) -> int:
+        """Steps of this arm so far, by its metrics file."""
+        path = self.folder / METRICS_FILE
+        if not path.is_file():
+            return 0
+        with path.open("rb") as stream:
+            stream.seek(max(0, path.stat().st_size - 8192))
+            lines = stream.read().decode("utf-8", errors="replace").split("\n")[:-1]
+        for line in reversed(lines):
+            try:
+                return int(json.loads(line)["step"])
+            except (ValueError, KeyError, TypeError):
+                continue
+        return 0
+
+
+def finished_result(task: Task) -> ArmResult | None:
+    """The result that an earlier call left, or None if there is none of exactly this run.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    path = task.folder / RESULT_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("format") != _FORMAT:
+            return None
+        found = ArmResult(**content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); remove it to measure the arm again") from error
+    return found if found.run == task.run.to_dict() else None
+
+
+def perform(task: Task, *, progress: bool = False) -> tuple[ArmResult | None, int | None]:
+    """Train the arm of `task` to the end, or as far as a signal lets it, and measure it.
+
+    Returns:
+        Its result, or None and the signal that stopped it.
+
+    Raises:
+        The errors of `train`.
+    """
+    if task.initial is not None:
+        _fork(task, task.initial)
+    run = task.run
+    data = prepare_data(run.data, task.output / "data", progress=progress)
+    trained = train(run, task.folder, resume="auto", data=data, progress=progress)
+    if not trained.finished:
+        return None, trained.signal
+    if trained.step != run.train.steps:
+        raise TrainingError(
+            f"{task.folder} was trained for {trained.step} steps, which is more than the {run.train.steps} of this run; "
+            f"choose another output folder"
+        )
+    result = _measure(task, run, data, trained)
+    write_text(task.folder / RESULT_FILE, json.dumps({"format": _FORMAT, **asdict(result)}, indent=1))
+    return result, None
+
+
+def _fork(task: Task, initial: Path) -> None:
+    """Write the initial model of a forked arm, unless an earlier call did."""
+    if initial.is_dir():
+        return
+    assert task.parent is not None
+    checkpoint = CheckpointStore(task.folder_of(task.parent) / CHECKPOINTS, keep=1).latest()
+    if checkpoint is None:
+        raise TrainingError(f"{task.label} starts from {task.parent}, which has no checkpoint; train that first")
+    fork = task.experiment.arms[task.arm.name].fork or _copy
+    with atomic_directory(initial) as temporary:
+        fork(checkpoint, temporary, task.arm.fork)
+
+
+def _copy(checkpoint: Path, folder: Path, options: Mapping[str, Any]) -> None:
+    load_model(checkpoint).save_pretrained(folder)
+
+
+def _measure(task: Task, run: RunConfig, data: PreparedData, result: TrainResult) -> ArmResult:
+    model = load_model(result.checkpoint).to(select_device(run.train.device)).eval()  # pyright: ignore[reportArgumentType]
+    trained = Trained(task.arm.name, run, model, data, task.initial)
+    losses = {f"loss.{domain}": found.loss for domain, found in result.validation.items()}
+    counted = account(model)
+    lines = read_metrics(result.metrics_file)
+    steps = [line for line in lines if line["type"] == "train"]
+    tokens_of_step = result.tokens / run.train.steps
+    return ArmResult(
+        arm=task.arm.name,
+        seed=task.seed,
+        run=run.to_dict(),
+        measurements={"loss": overall(result.validation).loss, **losses, **task.experiment.measure(trained)},
+        curve=[(round(line["step"] * tokens_of_step), line["loss"]) for line in lines if line["type"] == "evaluation"],
+        tokens=result.tokens,
+        seconds=sum(tokens_of_step / line["tokens_per_second"] for line in steps),
+        parameters=counted.total,
+        active_parameters=counted.active,
+    )

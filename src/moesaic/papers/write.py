@@ -1,0 +1,109 @@
+"""The files of a reproduction: a Markdown page, a table as CSV and JSON, and a plot; and the index of all pages."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moesaic.errors import DataError
+from moesaic.files import write_text
+from moesaic.papers.machine import describe_machine
+from moesaic.papers.page import command_of, render_index, render_page
+from moesaic.papers.plot import draw
+from moesaic.papers.registry import EXPERIMENTS
+from moesaic.papers.reproduce import Reproduction
+
+
+def write_page(found: Reproduction, folder: str | Path) -> Path:
+    """Write NAME.md, NAME.csv, NAME.json and, with matplotlib, NAME.svg into `folder`.
+
+    Args:
+        found: a finished reproduction.
+        folder: made if missing.
+
+    Returns:
+        The page. Without matplotlib it says that there is no plot, and why.
+
+    Raises:
+        DataError: if the reproduction is not finished.
+    """
+    if not found.finished:
+        raise DataError(f"{found.experiment.name} is not finished; a page needs every arm with every seed")
+    folder, name = Path(folder), found.experiment.name
+    size_of = "" if found.size == "cpu" else f"-{found.size}"
+    plotted = draw(found, folder / f"{name}{size_of}.svg")
+    machine = describe_machine()
+    write_text(folder / f"{name}{size_of}.csv", _table(found))
+    write_text(folder / f"{name}{size_of}.json", json.dumps(content(found, machine), indent=1) + "\n")
+    page = folder / f"{name}{size_of}.md"
+    write_text(page, render_page(found, machine, plotted=plotted, stem=page.stem))
+    return page
+
+
+def write_docs(found: Reproduction, folder: str | Path) -> Path:
+    """`write_page` into the folder of the documentation, and its `index.md` anew.
+
+    Returns:
+        The page.
+    """
+    page = write_page(found, folder)
+    write_text(Path(folder) / "index.md", index_of(folder))
+    return page
+
+
+def index_of(folder: str | Path) -> str:
+    """The index of the reproductions whose JSON files are in `folder`; the others stand in it as not run."""
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in EXPERIMENTS}
+    for path in sorted(Path(folder).glob("*.json")):
+        results.setdefault(path.stem.partition("-")[0], []).append(
+            {**json.loads(path.read_text(encoding="utf-8")), "page": f"{path.stem}.md"}
+        )
+    return render_index(EXPERIMENTS, results)
+
+
+def content(found: Reproduction, machine: str) -> dict[str, Any]:
+    """The whole result as plain data."""
+    return {
+        "name": found.experiment.name,
+        "size": found.size,
+        "seeds": list(found.seeds),
+        "overrides": list(found.overrides),
+        "command": command_of(found),
+        "machine": machine,
+        "arms": {
+            str(seed): {
+                arm: {name: value for name, value in asdict(result).items() if name not in ("arm", "seed", "run")}
+                for arm, result in arms.items()
+            }
+            for seed, arms in sorted(found.results.items())
+        },
+        "claims": [
+            {
+                "claim": judgement.claim.name,
+                "success": judgement.claim.success,
+                "source": judgement.claim.source,
+                "verdict": judgement.verdict,
+                "values": list(judgement.values),
+                "mean": judgement.mean,
+            }
+            for judgement in found.judgements()
+        ],
+    }
+
+
+def _table(found: Reproduction) -> str:
+    """A row for each arm and seed, a column for each measurement."""
+    results = [found.results[seed][arm] for seed in found.seeds for arm in found.arms]
+    names = list(dict.fromkeys(name for result in results for name in result.measurements))
+    fixed = ("arm", "seed", "tokens", "seconds", "parameters", "active_parameters")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*fixed, *names])
+    for result in results:
+        own = [getattr(result, name) for name in fixed]
+        writer.writerow([*own, *(result.measurements.get(name, "") for name in names)])
+    return text.getvalue()
