@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.errors import ConfigError
-from moesaic.train import ConstantSchedule, CosineSchedule, TrainConfig, WSDSchedule
+from moesaic.train import ConstantSchedule, CosineSchedule, StepSchedule, TrainConfig, WSDSchedule
 
 
-@pytest.mark.parametrize("kind", [CosineSchedule, WSDSchedule, ConstantSchedule])
+@pytest.mark.parametrize("kind", [CosineSchedule, WSDSchedule, StepSchedule, ConstantSchedule])
 def test_warm_up_rises_linearly_to_the_peak(kind):
     schedule = kind(warmup_steps=4)
     assert [schedule.factor(step, 100) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
@@ -33,7 +33,7 @@ def test_wsd_is_stable_then_decays(decay, shape):
 
 
 @given(
-    kind=st.sampled_from([CosineSchedule, WSDSchedule, ConstantSchedule]),
+    kind=st.sampled_from([CosineSchedule, WSDSchedule, StepSchedule, ConstantSchedule]),
     steps=st.integers(1, 300),
     data=st.data(),
 )
@@ -41,6 +41,19 @@ def test_factor_stays_positive_and_never_exceeds_the_peak(kind, steps, data):
     warmup = data.draw(st.none() | st.integers(0, steps - 1))
     factors = [kind(warmup_steps=warmup).factor(step, steps) for step in range(steps)]
     assert all(0 < factor <= 1 for factor in factors)
+
+
+def test_steps_of_deepseekmoe():
+    schedule = StepSchedule(warmup_steps=2)
+    factors = [schedule.factor(step, 100) for step in range(100)]
+    assert factors[2:80] == [1.0] * 78
+    assert factors[80:90] == pytest.approx([0.316] * 10)
+    assert factors[90:] == pytest.approx([0.316**2] * 10)
+
+
+def test_points_that_do_not_rise_are_refused():
+    with pytest.raises(ConfigError, match=r"schedule\.at = .* are not rising shares of the run"):
+        TrainConfig.from_dict({"schedule": {"type": "steps", "at": [0.9, 0.8]}})
 
 
 def test_default_warm_up_is_a_twentieth_of_the_run():

@@ -20,13 +20,14 @@ def measure(trained: Trained) -> dict[str, float]:
     """Balance, specialisation, and what the loss does when experts are taken away."""
     if trained.run.moe is None:
         return {}
-    found = balance(trace(trained))
-    num_experts, picks = trained.run.moe.experts.num_experts, trained.run.moe.router.top_k
+    traced = trace(trained)
+    found = balance(traced)
+    layer = next(iter(traced.layers.values()))
     normal = loss(trained)
     with rerouted(trained.model, without_best(1)):
         found["without_best.rise"] = loss(trained) - normal
     for share in MASKED_SHARES:
-        masked = min(max(1, round(num_experts / share)), num_experts - picks)
+        masked = min(max(1, round(layer.num_experts / share)), layer.num_experts - layer.top_k)
         with rerouted(trained.model, without_best(masked)):
             found[f"masked_{share}th.rise"] = loss(trained) - normal
     if trained.run.moe.shared_experts is not None:

@@ -114,7 +114,9 @@ def arms_of(experiment: Experiment, size: str, overrides: Iterable[str] = ()) ->
     return arms
 
 
-def _split(experiment: Experiment, names: Iterable[str], overrides: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:
+def _split(
+    experiment: Experiment, names: Iterable[str], overrides: Iterable[str]
+) -> tuple[list[str], dict[str, list[str]]]:
     """Overrides of all arms, and those of single ones."""
     common: list[str] = []
     own: dict[str, list[str]] = {}

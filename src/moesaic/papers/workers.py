@@ -57,6 +57,8 @@ class Workers:
             self._processes.append(process)
             self._connections.append(ours)
         self._running: dict[int, Task] = {}
+        self._ready: set[int] = set()
+        self._interrupted = False
 
     @property
     def running(self) -> list[Task]:
@@ -79,20 +81,33 @@ class Workers:
         connections = {id(self._connections[index]): index for index in self._running}
         for ready in wait([self._connections[index] for index in self._running], timeout):
             index = connections[id(ready)]
-            task = self._running.pop(index)
             try:
-                yield self._connections[index].recv()
+                outcome = self._connections[index].recv()
             except EOFError:
-                self._processes[index].join()
-                code = self._processes[index].exitcode
-                yield Outcome(task, error=f"its process died (exit code {code}; -9 is mostly a lack of memory)")
+                outcome = self._death(index)
+            if outcome is None:  # the process has come up
+                self._ready.add(index)
+            else:
+                del self._running[index]
+                yield outcome
 
     def interrupt(self) -> None:
         """Ask all running tasks to stop with a checkpoint."""
+        self._interrupted = True
         for index in self._running:
-            pid = self._processes[index].pid
-            if pid is not None and self._processes[index].is_alive():
-                os.kill(pid, signal.SIGINT)
+            process = self._processes[index]
+            if index not in self._ready:  # it is still importing: nothing is lost, and nothing there would listen
+                process.terminate()
+            elif process.pid is not None and process.is_alive():
+                os.kill(process.pid, signal.SIGINT)
+
+    def _death(self, index: int) -> Outcome:
+        """What a process that died leaves of its task."""
+        task, process = self._running[index], self._processes[index]
+        process.join()
+        if self._interrupted:
+            return Outcome(task)
+        return Outcome(task, error=f"its process died (exit code {process.exitcode}; -9 is mostly a lack of memory)")
 
     def __enter__(self) -> Self:
         return self
@@ -117,6 +132,7 @@ def _work(connection: Connection) -> None:
     transformers_logging.disable_progress_bar()
     threading.Thread(target=_follow_parent, daemon=True).start()
     try:
+        connection.send(None)
         while True:
             task = connection.recv()
             connection.send(_outcome(task))

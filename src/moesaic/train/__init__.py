@@ -11,7 +11,7 @@ from moesaic.train.loop import Trainer, TrainResult, train
 from moesaic.train.metrics import StepMetrics, read_metrics
 from moesaic.train.model import build_model
 from moesaic.train.run import RunConfig
-from moesaic.train.schedule import ConstantSchedule, CosineSchedule, Schedule, WSDSchedule
+from moesaic.train.schedule import ConstantSchedule, CosineSchedule, Schedule, StepSchedule, WSDSchedule
 
 __all__ = [
     "CheckpointStore",
@@ -22,6 +22,7 @@ __all__ = [
     "RunConfig",
     "Schedule",
     "StepMetrics",
+    "StepSchedule",
     "TrainConfig",
     "TrainResult",
     "Trainer",

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, model_validator
 
 from moesaic.configuration import Config
 from moesaic.errors import ConfigError
@@ -99,4 +99,29 @@ class WSDSchedule(WarmUp):
         return 1.0
 
 
-Schedule = Annotated[CosineSchedule | WSDSchedule | ConstantSchedule, Field(discriminator="type")]
+class StepSchedule(WarmUp):
+    """Constant, multiplied by `factor` at each of some points of the run (DeepSeekMoE, arXiv 2401.06066, section 4.1.2).
+
+    Attributes:
+        at: shares of the whole run, rising.
+        by: what the learning rate is multiplied with at each.
+    """
+
+    type: Literal["steps"] = "steps"
+    at: tuple[float, ...] = (0.8, 0.9)
+    by: float = Field(default=0.316, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _rising(self) -> StepSchedule:
+        if any(not 0 < share < 1 for share in self.at) or list(self.at) != sorted(set(self.at)):
+            raise ConfigError("at", self.at, "are not rising shares of the run", "write them as [0.8, 0.9]")
+        return self
+
+    def factor(self, step: int, steps: int) -> float:
+        return super().factor(step, steps) * self.by ** sum(step >= share * steps for share in self.at)
+
+    def after_warmup(self, step: int, steps: int) -> float:
+        return 1.0
+
+
+Schedule = Annotated[CosineSchedule | WSDSchedule | StepSchedule | ConstantSchedule, Field(discriminator="type")]
