@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from moesaic.errors import ConfigError, UnsupportedExport, UnsupportedModel
+from moesaic.hf.router_presets import unsupported
 from moesaic.layer import LayerPlacement, MoESpec, TopKConfig
 from moesaic.layer.activations import ACTIVATIONS
 
@@ -80,11 +81,6 @@ def rename(tensors: Mapping[str, Tensor], children: Mapping[str, str]) -> dict[s
         child, dot, rest = name.partition(".")
         renamed[children.get(child, child) + dot + rest] = tensor
     return renamed
-
-
-def unsupported(config: PreTrainedConfig, field: str, problem: str, remedy: str) -> UnsupportedModel:
-    """The error for a config field that a spec can't say."""
-    return UnsupportedModel(f"{config.model_type}: {field} = {getattr(config, field)!r} {problem}; {remedy}")
 
 
 def read_balance(config: PreTrainedConfig, layers: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from moesaic.hf.conversion.base import FamilyConversion, read_balance, top_k_router
+from moesaic.hf.router_presets import rules
 from moesaic.layer import MoESpec
 
 TRANSPOSED = ("experts.gate_up_proj", "experts.down_proj")
@@ -31,7 +32,7 @@ class GptOssConversion(FamilyConversion):
                 "swiglu_alpha": config.swiglu_alpha,
                 "swiglu_limit": config.swiglu_limit,
             },
-            "router": {"top_k": config.num_experts_per_tok, "softmax_over": "selected", "linear_bias": True},
+            "router": rules.selected_softmax(config, linear_bias=True),
             "balance": read_balance(config, {}),
         }
 

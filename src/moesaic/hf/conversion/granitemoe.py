@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from moesaic.hf.conversion.base import FamilyConversion, activation_field, read_balance, top_k_router
+from moesaic.hf.router_presets import rules
 from moesaic.layer import MoESpec
 
 
@@ -23,7 +24,7 @@ class GraniteMoeConversion(FamilyConversion):
                 "intermediate_size": config.intermediate_size,
                 "activation": config.hidden_act,
             },
-            "router": {"top_k": config.num_experts_per_tok, "softmax_over": "selected"},
+            "router": rules.selected_softmax(config),
             "balance": read_balance(config, {}),
         }
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from moesaic.hf.conversion.base import FamilyConversion, activation_field, read_balance, top_k_router, unsupported
+from moesaic.hf.conversion.base import FamilyConversion, activation_field, read_balance, top_k_router
+from moesaic.hf.router_presets import rules
 from moesaic.layer import MoESpec
 
 
@@ -14,20 +15,13 @@ class MixtralConversion(FamilyConversion):
     """`mixtral` (arXiv 2401.04088, section 2.1)."""
 
     def values(self, config: PreTrainedConfig) -> dict[str, Any]:
-        if config.router_jitter_noise > 0:
-            raise unsupported(
-                config,
-                "router_jitter_noise",
-                "multiplies the block's input by random noise in training, which no router here does",
-                "set it to 0.0, which leaves inference as it is",
-            )
         return {
             "experts": {
                 "num_experts": config.num_local_experts,
                 "intermediate_size": config.intermediate_size,
                 "activation": config.hidden_act,
             },
-            "router": {"top_k": config.num_experts_per_tok, "normalize_top_k": True},
+            "router": rules.softmax_before_jitter(config),
             "balance": read_balance(config, {}),
         }
 

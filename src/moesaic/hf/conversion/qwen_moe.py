@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from moesaic.hf.conversion.base import FamilyConversion, activation_field, read_balance, top_k_router, unsupported
+from moesaic.hf.conversion.base import FamilyConversion, activation_field, read_balance, top_k_router
+from moesaic.hf.router_presets import rules, unsupported
 from moesaic.layer import MoESpec
 
 
@@ -21,7 +22,7 @@ class OlmoeConversion(FamilyConversion):
                 "intermediate_size": config.intermediate_size,
                 "activation": config.hidden_act,
             },
-            "router": {"top_k": config.num_experts_per_tok, "normalize_top_k": config.norm_topk_prob},
+            "router": rules.softmax(config),
             "balance": read_balance(config, {}),
         }
 
@@ -46,7 +47,7 @@ class Qwen3MoeConversion(FamilyConversion):
                 "intermediate_size": config.moe_intermediate_size,
                 "activation": config.hidden_act,
             },
-            "router": {"top_k": config.num_experts_per_tok, "normalize_top_k": config.norm_topk_prob},
+            "router": rules.softmax(config),
             "layers": layers,
             "balance": read_balance(config, layers),
         }
