@@ -109,6 +109,23 @@ ROUTERS: dict[str, Row] = {
     ),
     "noisy_top_k": Row({"type": "noisy_top_k", "top_k": 3}),
     "noisy_fixed": Row({"type": "noisy_top_k", "top_k": 1, "noise": "fixed", "softmax_over": "all"}),
+    "cosine": Row({"type": "cosine", "top_k": 2}),
+    "cosine_sigmoid": Row({"type": "cosine", "top_k": 1, "score_function": "sigmoid", "projection_bias": True}),
+    "cosine_released": Row(
+        {"type": "cosine", "top_k": 1, "form": "released"},
+    ),
+    "cosine_tutel": Row(
+        {
+            "type": "cosine",
+            "top_k": 2,
+            "projection_size": 12,
+            "projection_bias": True,
+            "temperature": 0.5,
+            "balance_temperature": "learned",
+        }
+    ),
+    "threshold": Row({"type": "threshold"}),
+    "threshold_at_most_two": Row({"type": "threshold", "max_experts": 2}),
     "gshard_second": Row({"type": "sampled_second", "policy": "dispatch"}),
     "deepspeed_second": Row({"type": "sampled_second", "policy": "gumbel"}),
     "prototyped": Row({"type": "prototyped", "num_groups": 4}),

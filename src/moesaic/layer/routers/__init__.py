@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from moesaic.layer.routers.attention import AttentionConfig, AttentionRouter
 from moesaic.layer.routers.base import BaseRouterConfig, Router
+from moesaic.layer.routers.cosine import CosineConfig, CosineRouter
 from moesaic.layer.routers.dense import DenseConfig, DenseRouter
 from moesaic.layer.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
 from moesaic.layer.routers.hash import HashConfig, HashRouter
@@ -17,6 +18,7 @@ from moesaic.layer.routers.normalised import NormalisedConfig, NormalisedRouter
 from moesaic.layer.routers.null_experts import NullExpertsConfig, NullExpertsRouter
 from moesaic.layer.routers.prototyped import PrototypedConfig, PrototypedRouter
 from moesaic.layer.routers.sampled_second import SampledSecondConfig, SampledSecondRouter
+from moesaic.layer.routers.threshold import ThresholdConfig, ThresholdRouter
 from moesaic.layer.routers.top_k import TopKConfig, TopKRouter
 
 
@@ -28,6 +30,7 @@ def _top_k_unless_named(values: Any) -> Any:
 RouterConfig = Annotated[
     TopKConfig  # keep the next lines in alphabetical order
     | AttentionConfig
+    | CosineConfig
     | DenseConfig
     | ExpertChoiceConfig
     | HashConfig
@@ -36,7 +39,8 @@ RouterConfig = Annotated[
     | NormalisedConfig
     | NullExpertsConfig
     | PrototypedConfig
-    | SampledSecondConfig,
+    | SampledSecondConfig
+    | ThresholdConfig,
     Field(discriminator="type"),
     BeforeValidator(_top_k_unless_named),
 ]
@@ -45,6 +49,8 @@ __all__ = [
     "AttentionConfig",
     "AttentionRouter",
     "BaseRouterConfig",
+    "CosineConfig",
+    "CosineRouter",
     "DenseConfig",
     "DenseRouter",
     "ExpertChoiceConfig",
@@ -65,6 +71,8 @@ __all__ = [
     "RouterConfig",
     "SampledSecondConfig",
     "SampledSecondRouter",
+    "ThresholdConfig",
+    "ThresholdRouter",
     "TopKConfig",
     "TopKRouter",
 ]

@@ -62,11 +62,17 @@ class BestKRouter(Router[BestKConfigT]):
     def __init__(self, config: BestKConfigT, num_experts: int) -> None:
         super().__init__(config, num_experts, config.top_k)
 
-    def take_best(self, logits_TN: Tensor) -> Routing:
-        """The record of tokens with these logits."""
+    def take_best(self, logits_TN: Tensor, compared_TN: Tensor | None = None) -> Routing:
+        """The record of tokens with these logits.
+
+        Args:
+            logits_TN: logits.
+            compared_TN: what the selection compares; the scores by default.
+        """
         config = self.config
         scores_TN = score(logits_TN, config.score_function)
-        index_TK = top_k(scores_TN.detach(), config.top_k, stable=config.stable_ties)
+        selection_TN = (scores_TN if compared_TN is None else compared_TN).detach()
+        index_TK = top_k(selection_TN, config.top_k, stable=config.stable_ties)
         if config.softmax_over == "selected":
             weight_TK = logits_TN.gather(-1, index_TK).softmax(-1)
         else:
@@ -80,5 +86,5 @@ class BestKRouter(Router[BestKConfigT]):
             weight_TK=weight_TK,
             logits_TN=logits_TN,
             scores_TN=scores_TN,
-            selection_TN=scores_TN.detach(),
+            selection_TN=selection_TN,
         )
