@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -170,3 +172,39 @@ def test_coefficients_scale_their_loss(llama: MoesaicForCausalLM) -> None:
     stronger = tiny_model("llama", balance=[{"type": "load_balancing", "coefficient": 0.3}])
     expected = 3 * llama(ids, labels=ids).aux_losses["load_balancing"]
     torch.testing.assert_close(stronger(ids, labels=ids).aux_losses, {"load_balancing": expected}, **CLOSE)
+
+
+def test_coefficients_follow_the_progress_of_the_training(llama: MoesaicForCausalLM) -> None:
+    ids = token_ids()
+    value = llama(ids, labels=ids).aux_losses["load_balancing"] / 0.1
+    schedule = {"start": 0.02, "end": 1e-4, "shape": "step", "begin": 0.5}
+    model = tiny_model("llama", balance=[{"type": "load_balancing", "coefficient": schedule}])
+    for progress, coefficient in ((None, 0.02), (0.4, 0.02), (0.5, 1e-4)):
+        if progress is not None:
+            model.set_training_progress(progress)
+        output = model(ids, labels=ids)
+        torch.testing.assert_close(output.aux_losses, {"load_balancing": coefficient * value}, **CLOSE)
+        assert output.loss.dtype == torch.float32
+
+
+def test_adaptive_coefficients_differ_by_layer_and_are_saved(llama: MoesaicForCausalLM, tmp_path: Path) -> None:
+    ids = token_ids()
+    adaptive = {"capacity_factor": 1.0}
+    loss = {"type": "load_balancing", "coefficient": 0.1, "adaptive": adaptive}
+    model = tiny_model("llama", balance=[loss])
+    plain = llama(ids, labels=ids, output_routing=True)
+    torch.testing.assert_close(model(ids, labels=ids).aux_losses["load_balancing"], plain.aux_losses["load_balancing"])
+    for layer, block in model.moe_blocks().items():
+        block.adaptive_coefficients.fill_(float(layer))
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = MoesaicForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for layer, block in loaded.moe_blocks().items():
+        assert block.adaptive_coefficients.dtype == torch.float32
+        assert block.adaptive_coefficients.tolist() == [layer]
+    values = {
+        layer: model.balance[0].per_sequence(routing, plain.routing).mean()
+        for layer, routing in plain.routing.records.items()
+    }
+    expected = sum(layer * value for layer, value in values.items())
+    actual = loaded.float()(ids, labels=ids).aux_losses["load_balancing"]
+    torch.testing.assert_close(actual, expected, rtol=0.02, atol=0)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
-from tests.hf.tiny import assert_same_gradients, copy_of, gradients, token_ids
+from tests.hf.tiny import assert_same_gradients, copy_of, gradients, tiny_model, token_ids
 
 from moesaic import MoesaicForCausalLM
 
@@ -38,6 +39,28 @@ def test_training_step(llama: MoesaicForCausalLM) -> None:
     model = copy_of(llama).train()
     torch.compile(model, fullgraph=True, backend="aot_eager")(ids, labels=ids, num_items_in_batch=30).loss.backward()
     assert_same_gradients(gradients(model), gradients(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_moving_coefficients_do_not_compile_again() -> None:
+    balance = [
+        {"type": "load_balancing", "coefficient": {"start": 0.1, "end": 0.0}},
+        {"type": "z_loss", "coefficient": 0.1, "adaptive": {"capacity_factor": 1.0}},
+    ]
+    ids, model = token_ids(), tiny_model("llama", balance=balance).train()
+    compilations = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list) -> Callable[..., Any]:
+        compilations.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    for step in range(4):
+        model.set_training_progress(step / 4)
+        for block in model.moe_blocks().values():
+            block.adaptive_coefficients.fill_(0.1 * step)
+        expected, actual = model(ids, labels=ids), compiled(ids, labels=ids)
+        torch.testing.assert_close(actual.aux_losses, expected.aux_losses)
+    assert len(compilations) == 1
 
 
 @pytest.mark.slow  # the C++ compiler takes its time

@@ -41,6 +41,15 @@ MOE = {
     "router": {"type": "top_k", "top_k": 2},
     "balance": [{"type": "load_balancing", "coefficient": 0.02}, {"type": "z_loss", "coefficient": 0.001}],
 }
+# Everything that moves once an optimiser step.
+MOVING_BALANCE = {
+    "router": {"type": "top_k", "top_k": 2, "score_function": "sigmoid", "selection_bias": True},
+    "selection_bias_update": {"rate": {"start": 0.02, "end": 0.01}},
+    "balance": [
+        {"type": "load_balancing", "coefficient": {"start": 0.02, "end": 0.002, "shape": "cosine"}},
+        {"type": "z_loss", "coefficient": 0.001, "adaptive": {"capacity_factor": 1.0, "decay": 0.8}},
+    ],
+}
 
 
 def write_corpus(folder: Path) -> None:
@@ -64,13 +73,19 @@ def data_config(folder: Path, **changes: Any) -> DataConfig:
 
 
 def tiny_run(
-    data: DataConfig, *, moe: bool = True, dropout: float = 0.0, backbone: dict[str, Any] | None = None, **train: Any
+    data: DataConfig,
+    *,
+    moe: bool | dict[str, Any] = True,
+    dropout: float = 0.0,
+    backbone: dict[str, Any] | None = None,
+    **train: Any,
 ) -> RunConfig:
-    """A run of 8 steps that evaluates and writes a checkpoint every 4."""
+    """A run of 8 steps that evaluates and writes a checkpoint every 4; `moe` may change parts of `MOE`."""
+    changes = moe if isinstance(moe, dict) else {}
     return RunConfig.from_dict(
         {
             "backbone": {**BACKBONE, "attention_dropout": dropout, **(backbone or {})},
-            "moe": {**MOE, "dropout": dropout} if moe else None,
+            "moe": {**MOE, "dropout": dropout, **changes} if moe is not False else None,
             "data": data.to_dict(),
             "train": {"steps": 8, "checkpoint_every": 4, "eval_every": 4, "device": "cpu", **train},
         }

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.train.builders import BACKBONE, MOE
+from tests.train.builders import BACKBONE, MOE, MOVING_BALANCE
 from torch import Tensor
 from transformers import (
     MixtralConfig,
@@ -18,7 +18,7 @@ from transformers import (
 from moesaic.errors import UnsupportedModel
 from moesaic.hf import MoesaicForCausalLM, build
 from moesaic.layer import MoESpec
-from moesaic.train import RoutingMetricsCallback
+from moesaic.train import RoutingMetricsCallback, RoutingStepCallback
 
 VOCABULARY, LENGTH = 50, 16
 
@@ -173,4 +173,48 @@ def test_a_dense_model_has_no_routing_to_report(tmp_path):
     with pytest.raises(UnsupportedModel, match="needs a moesaic model, not MixtralForCausalLM"):
         run_trainer(
             stock_mixtral(0.0), sequences(2, equal=True), tmp_path, [RoutingMetricsCallback()], batch_size=1, steps=1
+        )
+
+
+def router_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    names = ("e_score_correction_bias", "adaptive_coefficients")
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith(names)}
+
+
+def moving_model() -> MoesaicForCausalLM:
+    torch.manual_seed(0)
+    spec = MoESpec.from_dict({**MOE, **MOVING_BALANCE})
+    return build({**BACKBONE, "vocab_size": VOCABULARY}, spec)
+
+
+def test_the_step_callback_moves_router_state_whatever_the_accumulation(tmp_path):
+    data, states = sequences(4, equal=False), []
+    for batch_size in (1, 4):
+        model = moving_model()
+        before = router_state(model)
+        run_trainer(
+            model,
+            data,
+            tmp_path,
+            [RoutingStepCallback()],
+            batch_size=batch_size,
+            steps=2,
+            eval_strategy="steps",
+            eval_steps=1,
+            learning_rate=1e-6,
+        )
+        states.append(router_state(model))
+        assert all(not torch.equal(tensor, before[name]) for name, tensor in states[-1].items())
+        # Progress before the last of two steps is one half: halfway from 0.02 to 0.002.
+        (load_balancing, _) = model.balance
+        assert float(model.coefficients(load_balancing, 0)) == pytest.approx(0.011)
+        (bias_N, *_) = (tensor for name, tensor in states[-1].items() if name.endswith("correction_bias"))
+        assert 0 < bias_N.abs().max() <= 0.015 + 0.01 + 0.0126
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_the_step_callback_needs_a_moesaic_model(tmp_path):
+    with pytest.raises(UnsupportedModel, match="RoutingStepCallback needs a moesaic model, not MixtralForCausalLM"):
+        run_trainer(
+            stock_mixtral(0.0), sequences(2, equal=True), tmp_path, [RoutingStepCallback()], batch_size=1, steps=1
         )

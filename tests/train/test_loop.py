@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tests.train.builders import DOMAINS, data_config, tiny_run
+from tests.train.builders import DOMAINS, MOVING_BALANCE, data_config, tiny_run
 from torch import Tensor
 
 from moesaic.errors import TrainingError
@@ -22,6 +22,7 @@ def comparable(path) -> list[dict]:
         (True, {}),
         (False, {}),
         (True, {"precision": "bf16", "accumulation_steps": 2, "schedule": {"type": "wsd"}}),
+        (MOVING_BALANCE, {"accumulation_steps": 2}),
     ],
 )
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(data, tmp_path, monkeypatch, moe, settings):
@@ -139,6 +140,59 @@ def test_a_step_reports_its_schedule_tokens_and_balance(data, make_trainer):
     assert [found.tokens for found in metrics] == [256, 512]
     assert set(metrics[0].max_violation) == {0, 1}
     assert 0 < metrics[0].balance["worst"] <= 1
+
+
+def router_state(trainer: Trainer) -> dict[str, Tensor]:
+    """What moves after the optimiser step."""
+    names = ("e_score_correction_bias", "adaptive_coefficients")
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items() if name.endswith(names)}
+
+
+def test_selection_bias_and_coefficients_follow_the_load_of_the_step(data, make_trainer):
+    trainer = make_trainer(tiny_run(data.config, moe=MOVING_BALANCE, accumulation_steps=2))
+    contexts = []
+    trainer.model.model.add_routing_listener(contexts.append)
+    before = router_state(trainer)
+    for step in range(3):
+        contexts.clear()
+        metrics = trainer.train_step()
+        after = router_state(trainer)
+        rate = 0.02 - 0.01 * (step + 1) / 8
+        for layer in (0, 1):
+            picks = torch.cat([context.records[layer].index_TK.flatten() for context in contexts])
+            load_N = torch.bincount(picks, minlength=4).double()
+            update_N = rate * (load_N.mean() - load_N).sign()
+            name = f"model.backbone.layers.{layer}.mlp.gate.e_score_correction_bias"
+            expected_N = before[name] + update_N - update_N.mean()
+            torch.testing.assert_close(after[name], expected_N.float())
+            over = (load_N - load_N.mean()).clamp(min=0).sum() / load_N.sum()
+            name = f"model.backbone.layers.{layer}.mlp.adaptive_coefficients"
+            target = 0.8 * before[name] + 0.2 * min(0.2 * over.item(), 0.01)
+            torch.testing.assert_close(after[name], target)
+        before = after
+        assert metrics.max_violation.keys() == {0, 1}
+
+
+def test_evaluation_and_recomputation_do_not_move_router_state(data, make_trainer):
+    states = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(tiny_run(data.config, moe=MOVING_BALANCE, gradient_checkpointing=checkpointing))
+        for _ in range(2):
+            trainer.train_step()
+            before = router_state(trainer)
+            trainer.evaluate()
+            torch.testing.assert_close(router_state(trainer), before, rtol=0, atol=0)
+        states.append(router_state(trainer))
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_coefficients_follow_their_schedule(data, make_trainer):
+    balance = [{"type": "load_balancing", "coefficient": {"start": 100.0, "end": 1.0, "shape": "step", "begin": 0.5}}]
+    trainer = make_trainer(tiny_run(data.config, moe={"balance": balance}, steps=4, learning_rate=1e-9))
+    losses = [trainer.train_step().aux_losses["load_balancing"] for _ in range(4)]
+    # A layer's loss is near 1 at random weights, and there are two layers.
+    assert [round(loss / 2) for loss in losses[:2]] == [pytest.approx(100, rel=0.2)] * 2
+    assert [loss / 2 for loss in losses[2:]] == [pytest.approx(1, rel=0.2)] * 2
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_does_harm(data, make_trainer):

@@ -29,6 +29,12 @@ def test_a_step_reports_mean_and_worst_violation():
     }
 
 
+def test_a_step_reports_drops_and_null_experts_where_there_are_any():
+    metrics = StepMetrics(1, 10, 2.5, {}, {0: 0.5, 3: 1.5}, 1e-3, 0.7, 100.0, {3: 0.25}, {0: 0.5, 3: 0.25})
+    assert metrics.record()["drop_rate"] == {"mean": 0.25, "worst": 0.25, "worst_layer": 3}
+    assert metrics.record()["null_share"] == {"mean": 0.375, "worst": 0.5, "worst_layer": 0}
+
+
 def test_a_resumed_file_drops_later_steps_and_a_half_written_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     sink = MetricsFile(path, 0)

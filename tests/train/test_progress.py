@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from moesaic.train import Evaluation, StepMetrics
-from moesaic.train.progress import LiveProgress, PlainProgress, describe_evaluation, progress_display
+from moesaic.train.progress import LiveProgress, PlainProgress, describe_evaluation, describe_step, progress_display
 
 
 def step_metrics(step: int, **changes) -> StepMetrics:
@@ -59,3 +59,9 @@ def test_a_dense_model_has_no_balance():
 def test_an_evaluation_names_domains():
     text = describe_evaluation(7, {"prose": Evaluation(1.0, 2.718, 10), "code": Evaluation(2.0, 7.389, 10)})
     assert text == "step 7: validation loss 1.500: prose 1.000 (ppl 2.72), code 2.000 (ppl 7.39)"
+
+
+def test_drops_and_null_experts_are_shown_where_there_are_any():
+    assert describe_step(step_metrics(1, drop_rate={0: 0.01, 1: 0.25}, null_share={0: 0.5})) == (
+        "loss 2.500  balance 1.50  dropped 25.0%  null 50.0%  12,346 tokens/s"
+    )

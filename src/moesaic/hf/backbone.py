@@ -55,6 +55,9 @@ class _BackboneMixin:
         if isinstance(module, Router):
             module.reset_parameters(std)
             return
+        if isinstance(module, MoEBlock):
+            module.reset_parameters()
+            return
         if not isinstance(module, Experts):
             super()._init_weights(module)  # type: ignore[misc]
             return

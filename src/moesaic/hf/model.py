@@ -20,7 +20,7 @@ from moesaic.hf.families import family_of
 from moesaic.hf.limits import check_needs, check_pipeline
 from moesaic.hf.output import MoeCausalLMOutput, MoeModelOutput
 from moesaic.layer import MoEBlock, RoutingContext
-from moesaic.layer.balance import BalanceObjective
+from moesaic.layer.balance import BalanceObjective, Coefficients
 
 RoutingListener = Callable[[RoutingContext], None]
 
@@ -37,7 +37,11 @@ class MoesaicPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = {"e_score_correction_bias", "score_threshold"}  # noqa: RUF012 (transformers declares no ClassVar)
+    _keep_in_fp32_modules_strict = {  # noqa: RUF012 (transformers declares no ClassVar)
+        "e_score_correction_bias",
+        "adaptive_coefficients",
+        "score_threshold",
+    }
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -178,6 +182,7 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, GenerationMixin):
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
         # Kept because validating the spec in each forward pass is slow and can't be compiled.
         self.balance = config.spec.balance
+        self.coefficients = Coefficients(self.balance, self._coefficients_of_layer)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -206,6 +211,16 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, GenerationMixin):
         if unservable is not None:
             raise UnsupportedDecoding(unservable)
         return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] its protocol names private attributes
+
+    def set_training_progress(self, fraction: float) -> None:
+        """Say what share of the training is done, 0 to 1: coefficients with a schedule move there.
+
+        Trainers call it before each step, also after resuming; until then it is 0.
+        """
+        self.coefficients.set_progress(fraction)
+
+    def _coefficients_of_layer(self, layer: int) -> dict[str, Tensor]:
+        return self.moe_blocks()[layer].coefficients_by_loss()
 
     @can_return_tuple
     def forward(
@@ -267,7 +282,7 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, GenerationMixin):
         context: RoutingContext = output.routing
         if labels is not None or output_router_logits:
             weight_B = _sequence_weights(labels, context, logits, num_items_in_batch, kwargs.get("shift_labels"))
-            objective = BalanceObjective(self.balance, weight_B)
+            objective = BalanceObjective(self.balance, weight_B, self.coefficients)
             aux_losses = objective.by_name(context)
             if labels is not None:
                 loss = self.loss_function(

@@ -9,7 +9,16 @@ experts and E experts in a group, I and O input and output width of a projection
 
 from __future__ import annotations
 
-from moesaic.layer.balance import BalanceLoss, LoadBalancing, ZLoss, expert_load, max_violation, routing_entropy
+from moesaic.layer.balance import (
+    AdaptiveCoefficient,
+    BalanceLoss,
+    LoadBalancing,
+    SelectionBiasUpdate,
+    ZLoss,
+    expert_load,
+    max_violation,
+    routing_entropy,
+)
 from moesaic.layer.block import MoEBlock
 from moesaic.layer.capacity import CapacityConfig, limit_capacity
 from moesaic.layer.experts import Experts, ExpertsConfig
@@ -47,10 +56,13 @@ from moesaic.layer.routers import (
     TopKConfig,
     TopKRouter,
 )
+from moesaic.layer.schedule import Schedule
 from moesaic.layer.shared_experts import SharedExperts, SharedExpertsConfig
 from moesaic.layer.spec import LayerPlacement, MoESpec
+from moesaic.layer.step import post_step
 
 __all__ = [
+    "AdaptiveCoefficient",
     "AttentionConfig",
     "AttentionRouter",
     "BalanceLoss",
@@ -88,6 +100,10 @@ __all__ = [
     "RoutingContext",
     "SampledSecondConfig",
     "SampledSecondRouter",
+    "Schedule",
+    "SelectionBiasUpdate",
+    "SentenceConfig",
+    "SentenceRouter",
     "SharedExperts",
     "SharedExpertsConfig",
     "ThresholdConfig",
@@ -102,6 +118,7 @@ __all__ = [
     "loads_of",
     "max_violation",
     "order",
+    "post_step",
     "restore",
     "routing_entropy",
 ]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from moesaic.layer.capacity import limit_capacity
 from moesaic.layer.experts import ActivationName, Experts
+from moesaic.layer.load import LayerLoad
 from moesaic.layer.record import RoutingContext
 from moesaic.layer.routers import Router
+from moesaic.layer.routers.base import fill_buffer
+from moesaic.layer.schedule import value_at
 from moesaic.layer.shared_experts import SharedExperts
 from moesaic.layer.spec import MoESpec
 
@@ -47,6 +50,45 @@ class MoEBlock(nn.Module):
             if spec.shared_experts.sigmoid_gate:
                 self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False)
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
+        self.selection_bias_update = spec.selection_bias_update
+        self.adaptive_losses = tuple(loss for loss in spec.balance if loss.adaptive is not None)
+        coefficients = torch.empty(len(self.adaptive_losses), dtype=torch.float32) if self.adaptive_losses else None
+        self.register_buffer("adaptive_coefficients", coefficients)
+        self.reset_parameters()
+
+    adaptive_coefficients: Tensor | None
+
+    def reset_parameters(self) -> None:
+        """Initialise the block's own state; its children have their own."""
+        if self.adaptive_coefficients is not None:
+            first = [value_at(loss.coefficient, 0.0) for loss in self.adaptive_losses]
+            fill_buffer(self.adaptive_coefficients, torch.tensor(first))
+
+    def coefficients_by_loss(self) -> dict[str, Tensor]:
+        """Coefficients that follow this layer's load, by the name of the loss, float32 scalars."""
+        if self.adaptive_coefficients is None:
+            return {}
+        return dict(zip((loss.name for loss in self.adaptive_losses), self.adaptive_coefficients.clone(), strict=True))
+
+    def post_step(self, load: LayerLoad, progress: float) -> None:
+        """Commit state that changes once an optimiser step; see `moesaic.layer.post_step`."""
+        self.gate.post_step(load, progress)
+        if self.selection_bias_update is not None:
+            bias = cast(Tensor, self.gate.e_score_correction_bias)
+            self.selection_bias_update.apply(bias, load.chosen_M[: bias.numel()], progress)
+        if self.adaptive_coefficients is not None:
+            for index, loss in enumerate(self.adaptive_losses):
+                assert loss.adaptive is not None
+                self.adaptive_coefficients[index] = loss.adaptive.next(self.adaptive_coefficients[index], load)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MoEBlock:
+        """Casts leave the adaptive coefficients in float32."""
+        before = self.adaptive_coefficients
+        super()._apply(fn, recurse)
+        after = self.adaptive_coefficients
+        if before is not None and after is not None and after.dtype != before.dtype:
+            self.adaptive_coefficients = before.to(after.device)
+        return self
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
         """Apply the block to (..., D); the routing is committed to `context` if there is one."""

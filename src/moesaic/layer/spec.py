@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from moesaic.configuration import Config
 from moesaic.errors import ConfigError
-from moesaic.layer.balance import BalanceConfig
+from moesaic.layer.balance import BalanceConfig, SelectionBiasUpdate
 from moesaic.layer.capacity import CapacityConfig
 from moesaic.layer.experts import ExpertsConfig
 from moesaic.layer.routers import RouterConfig
@@ -79,6 +79,7 @@ class MoESpec(Config):
         capacity: how many tokens an expert takes, or None for any number.
         layers: which layers are MoE.
         balance: losses on the routing, each with its coefficient.
+        selection_bias_update: how the load of each step moves the router's selection bias; None leaves it as it is.
         dropout: dropout probability on the block's output during training (GPT-2's feed-forward dropout).
     """
 
@@ -88,6 +89,7 @@ class MoESpec(Config):
     capacity: CapacityConfig | None = None
     layers: LayerPlacement = LayerPlacement()
     balance: tuple[BalanceConfig, ...] = ()
+    selection_bias_update: SelectionBiasUpdate | None = None
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
@@ -110,6 +112,18 @@ class MoESpec(Config):
             raise ConfigError("layers.top_k", self.layers.top_k, f"means nothing to {self.router.type}", "remove it")
         for position in range(max(map(len, filter(None, (self.layers.num_experts, self.layers.top_k))), default=0)):
             self._check_layer(position)
+        for index, loss in enumerate(self.balance):
+            try:
+                loss.check(self.router)
+            except ConfigError as error:
+                raise ConfigError(f"balance.{index}.{error.field}", error.value, error.problem, error.remedy) from None
+        if self.selection_bias_update is not None and not self.router.has_selection_bias:
+            raise ConfigError(
+                "selection_bias_update",
+                self.selection_bias_update.to_dict(),
+                f"finds no bias in router {self.router.type}",
+                "give it `selection_bias: true`, or leave the update out",
+            )
         if self.shared_experts is not None and self.experts.activation == "clamped_swiglu":
             raise ConfigError("shared_experts", self.shared_experts.to_dict(), "can't use clamped_swiglu", "use silu")
         return self

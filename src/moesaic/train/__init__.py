@@ -5,7 +5,7 @@ from __future__ import annotations
 from moesaic.train.checkpoint import CheckpointStore, check_same_run, load_state
 from moesaic.train.config import TrainConfig
 from moesaic.train.evaluate import Evaluation, evaluate, overall
-from moesaic.train.hf_trainer import RoutingMetricsCallback
+from moesaic.train.hf_trainer import RoutingMetricsCallback, RoutingStepCallback
 from moesaic.train.load import check_weight_files, load_model
 from moesaic.train.loop import Trainer, TrainResult, train
 from moesaic.train.metrics import StepMetrics, read_metrics
@@ -19,6 +19,7 @@ __all__ = [
     "CosineSchedule",
     "Evaluation",
     "RoutingMetricsCallback",
+    "RoutingStepCallback",
     "RunConfig",
     "Schedule",
     "StepMetrics",

@@ -1,4 +1,4 @@
-"""HF Trainer: routing metrics in its logs.
+"""HF Trainer: what changes once an optimiser step, and routing metrics in its logs.
 
 Correct balance losses need nothing: Trainer passes `num_items_in_batch` to the model's forward, which makes each
 micro-batch's losses, balance included, its share of the mean over the whole optimiser step.
@@ -7,7 +7,7 @@ micro-batch's losses, balance included, its share of the mean over the whole opt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,16 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moesaic.errors import UnsupportedModel
-from moesaic.hf import MoesaicModel
-from moesaic.layer import BalanceLoss, RoutingContext
-from moesaic.train.routing_load import RoutingLoad
+from moesaic.hf import MoesaicForCausalLM, MoesaicModel
+from moesaic.layer import BalanceLoss, RoutingContext, post_step
+from moesaic.train.routing_load import RoutingLoad, load_metrics
 
 
 class RoutingMetricsCallback(TrainerCallback):
     """Adds the routing of the steps since the last log to HF Trainer's logs.
 
     Keys, with a layer number each: `max_violation/layer_3` (largest expert load over the mean load, minus 1, over all
-    tokens since the last log) and, for every balance loss by name, `load_balancing/layer_3` (mean over micro-batches,
+    tokens since the last log), `drop_rate/layer_3` and `null_share/layer_3` where there are any, and, for every balance loss by name, `load_balancing/layer_3` (mean over micro-batches,
     coefficient not included). They go to `trainer.state.log_history` and to callbacks that stand after this one:
     for TensorBoard, `TrainingArguments(report_to="none")` and
     `callbacks=[RoutingMetricsCallback(), TensorBoardCallback()]`.
@@ -45,7 +45,7 @@ class RoutingMetricsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        decoder = _find_decoder(kwargs["model"])
+        decoder = _find(MoesaicModel, kwargs["model"], type(self).__name__)
         self._losses = decoder.config.spec.balance
 
         def listen(context: RoutingContext) -> None:
@@ -87,17 +87,70 @@ class RoutingMetricsCallback(TrainerCallback):
                 self._sums[key] = self._sums[key] + value if key in self._sums else value
 
     def _take(self) -> dict[str, float]:
-        violation = self._load.take_max_violation()
-        metrics = {f"max_violation/layer_{layer}": value for layer, value in violation.items()}
+        metrics = {
+            f"{name}/layer_{layer}": value
+            for name, values in load_metrics(self._load.take()).items()
+            for layer, value in values.items()
+        }
         metrics.update({key: float(total) / self._forwards for key, total in self._sums.items()})
         self._sums, self._forwards = {}, 0
         return metrics
 
 
-def _find_decoder(model: nn.Module) -> MoesaicModel:
+class RoutingStepCallback(TrainerCallback):
+    """Does after each optimiser step what `moesaic.train` does: moves selection biases, adaptive coefficients and other
+    router state by the load of the step, and coefficients by their schedules.
+
+    Needed for `selection_bias_update`, for coefficients that are a schedule or adaptive, and for routers with state of
+    their own. Works for models that contain a `MoesaicForCausalLM`, also wrapped by PEFT. The load is summed over the
+    processes of torch.distributed.
+
+    Raises:
+        UnsupportedModel: when training begins, if there is none in the model.
+    """
+
+    def __init__(self) -> None:
+        self._load = RoutingLoad()
+        self._handle: RemovableHandle | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        decoder = _find(MoesaicModel, kwargs["model"], type(self).__name__)
+
+        def listen(context: RoutingContext) -> None:
+            if decoder.training:
+                self._load.add(context)
+
+        self._handle = decoder.add_routing_listener(listen)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = _find(MoesaicForCausalLM, kwargs["model"], type(self).__name__)
+        model.set_training_progress(state.global_step / state.max_steps)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        decoder = _find(MoesaicModel, kwargs["model"], type(self).__name__)
+        # Trainer counts the step after this event.
+        post_step(decoder.moe_blocks(), self._load.take(), (state.global_step + 1) / state.max_steps)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+
+ModelT = TypeVar("ModelT", MoesaicModel, MoesaicForCausalLM)
+
+
+def _find(kind: type[ModelT], model: nn.Module, callback: str) -> ModelT:
     for module in model.modules():
-        if isinstance(module, MoesaicModel):
+        if isinstance(module, kind):
             return module
     raise UnsupportedModel(
-        f"RoutingMetricsCallback needs a moesaic model, not {type(model).__name__}; convert the model, or leave it out"
+        f"{callback} needs a moesaic model, not {type(model).__name__}; convert the model, or leave it out"
     )

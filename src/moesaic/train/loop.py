@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from moesaic.data import PreparedData, prepare_data
 from moesaic.errors import DataError, TrainingError
 from moesaic.files import write_text
+from moesaic.hf import MoesaicForCausalLM
+from moesaic.layer import post_step
 from moesaic.train.checkpoint import RUN_FILE, CheckpointStore, check_same_run, load_state
 from moesaic.train.evaluate import Evaluation, evaluate
 from moesaic.train.load import load_model
@@ -27,7 +29,7 @@ from moesaic.train.objective import Objective, language_model_objective, model_i
 from moesaic.train.optimizer import build_optimizer, set_learning_rate
 from moesaic.train.progress import NoProgress, ProgressDisplay, describe_evaluation, progress_display
 from moesaic.train.rng import rng_state, seed_all, set_rng_state
-from moesaic.train.routing_load import RoutingLoad
+from moesaic.train.routing_load import RoutingLoad, load_metrics
 from moesaic.train.run import RunConfig
 from moesaic.train.signals import StopSignals
 
@@ -180,6 +182,9 @@ class Trainer:
         num_items = predicted_tokens(batches)
         if num_items == 0:
             raise DataError(f"the batch of step {self.step + 1} has no token to predict; use longer sequences")
+        moe_model = self.model if isinstance(self.model, MoesaicForCausalLM) else None
+        if moe_model is not None:
+            moe_model.set_training_progress(self.step / self.config.steps)
         sums = _StepSums()
         for batch in batches:
             with self._autocast():
@@ -195,6 +200,9 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        loads = sums.load.take()
+        if moe_model is not None:
+            post_step(moe_model.moe_blocks(), loads, self.step / self.config.steps)
         tokens = sum(batch["input_ids"].numel() for batch in batches)
         self.tokens += tokens
         return StepMetrics(
@@ -202,10 +210,10 @@ class Trainer:
             tokens=self.tokens,
             loss=cross_entropy,
             aux_losses=aux_losses,
-            max_violation=sums.load.take_max_violation(),
             learning_rate=learning_rate,
             gradient_norm=gradient_norm,
             tokens_per_second=tokens / (time.perf_counter() - started),
+            **load_metrics(loads),
         )
 
     def evaluate(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +27,8 @@ class StepMetrics:
         learning_rate: that of this step.
         gradient_norm: before clipping.
         tokens_per_second: over the wall time of the step.
+        drop_rate: share of the picks that a capacity dropped, by MoE layer, where it is not 0.
+        null_share: share of the selections that were null experts, by MoE layer, where it is not 0.
     """
 
     step: int
@@ -37,22 +39,29 @@ class StepMetrics:
     learning_rate: float
     gradient_norm: float
     tokens_per_second: float
+    drop_rate: dict[int, float] = field(default_factory=dict)
+    null_share: dict[int, float] = field(default_factory=dict)
 
     @property
     def balance(self) -> dict[str, float]:
         """Mean and worst violation over layers and the worst layer; empty for a dense model."""
-        if not self.max_violation:
-            return {}
-        worst_layer = max(self.max_violation, key=self.max_violation.__getitem__)
-        return {
-            "mean": sum(self.max_violation.values()) / len(self.max_violation),
-            "worst": self.max_violation[worst_layer],
-            "worst_layer": worst_layer,
-        }
+        return _over_layers(self.max_violation)
 
     def record(self) -> dict[str, Any]:
-        """The line of the metrics file."""
-        return {"type": "train", **asdict(self), "max_violation": self.balance}
+        """The line of the metrics file; drop rate and null share are there if a layer has one."""
+        rates = {"drop_rate": _over_layers(self.drop_rate), "null_share": _over_layers(self.null_share)}
+        fields = {name: value for name, value in asdict(self).items() if name not in rates}
+        found = {name: value for name, value in rates.items() if value}
+        return {"type": "train", **fields, "max_violation": self.balance, **found}
+
+
+def _over_layers(values: Mapping[int, float]) -> dict[str, float]:
+    """Mean, largest and the layer that has it; empty without layers."""
+    if not values:
+        return {}
+    worst_layer = max(values, key=values.__getitem__)
+    mean = sum(values.values()) / len(values)
+    return {"mean": mean, "worst": values[worst_layer], "worst_layer": worst_layer}
 
 
 def evaluation_record(step: int, evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:

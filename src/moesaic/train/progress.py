@@ -104,9 +104,15 @@ class NoProgress:
 
 
 def describe_step(metrics: StepMetrics) -> str:
-    """Loss, balance (worst layer's max violation) and speed in a few words."""
-    balance = f"  balance {metrics.balance['worst']:.2f}" if metrics.balance else ""
-    return f"loss {metrics.loss:.3f}{balance}  {metrics.tokens_per_second:,.0f} tokens/s"
+    """Loss, the worst layer's max violation, drop rate and null share, and speed in a few words."""
+    parts = [f"loss {metrics.loss:.3f}"]
+    if metrics.balance:
+        parts.append(f"balance {metrics.balance['worst']:.2f}")
+    if metrics.drop_rate:
+        parts.append(f"dropped {max(metrics.drop_rate.values()):.1%}")
+    if metrics.null_share:
+        parts.append(f"null {max(metrics.null_share.values()):.1%}")
+    return f"{'  '.join(parts)}  {metrics.tokens_per_second:,.0f} tokens/s"
 
 
 def describe_evaluation(step: int, evaluations: Mapping[str, Evaluation]) -> str:

@@ -1,29 +1,36 @@
-"""Expert load over several forward passes, from the routing records that they leave anyway."""
+"""Load of the MoE layers over several forward passes, from the routing records that they leave anyway."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Mapping
 
-from moesaic.layer import RoutingContext, expert_load, max_violation
+import torch
+
+from moesaic.layer import LayerLoad, RoutingContext, all_reduce_loads, loads_of, max_violation
 
 
 class RoutingLoad:
-    """Sums picks of each expert, layer by layer, until they are taken."""
+    """Sums loads, layer by layer, until they are taken."""
 
     def __init__(self) -> None:
-        self._load: dict[int, Tensor] = {}
+        self._loads: dict[int, LayerLoad] = {}
 
+    @torch.no_grad()
     def add(self, context: RoutingContext) -> None:
         """Count the picks of one forward pass."""
-        for layer, routing in context.records.items():
-            load_N = expert_load(routing, context.mask_T)
-            self._load[layer] = self._load[layer] + load_N if layer in self._load else load_N
+        for layer, load in loads_of(context).items():
+            self._loads[layer] = self._loads[layer] + load if layer in self._loads else load
 
-    def take(self) -> dict[int, Tensor]:
-        """Picks by layer, int64 (N,) each, since the last call."""
-        load, self._load = self._load, {}
-        return load
+    def take(self) -> dict[int, LayerLoad]:
+        """Loads by layer since the last call, summed over the ranks of torch.distributed, which must all call it."""
+        loads, self._loads = self._loads, {}
+        return all_reduce_loads(loads)
 
-    def take_max_violation(self) -> dict[int, float]:
-        """`max_violation` by layer since the last call; empty for a dense model."""
-        return {layer: float(max_violation(load_N)) for layer, load_N in self.take().items()}
+
+def load_metrics(loads: Mapping[int, LayerLoad]) -> dict[str, dict[int, float]]:
+    """`max_violation`, `drop_rate` and `null_share` by layer; the latter two without layers where they are 0."""
+    metrics = {"max_violation": {layer: float(max_violation(load.load_N)) for layer, load in loads.items()}}
+    for name in ("drop_rate", "null_share"):
+        values = {layer: float(getattr(load, name)) for layer, load in loads.items()}
+        metrics[name] = {layer: value for layer, value in values.items() if value}
+    return metrics

@@ -17,6 +17,7 @@ from moesaic.hf.families import family_of
 from moesaic.hf.model import MoesaicForCausalLM
 from moesaic.hf.transplant import decoder_layers, transplant_back
 from moesaic.layer import MoESpec, TopKConfig
+from moesaic.layer.schedule import value_at
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,6 @@ def _carry_balance(config: PreTrainedConfig, conversion: FamilyConversion, spec:
     for loss in spec.balance:
         advice = "it has no counterpart there"
         if loss.type == "load_balancing" and hasattr(config, "router_aux_loss_coef"):
-            coefficient = loss.coefficient * num_layers / top_k_router(spec).top_k
+            coefficient = value_at(loss.coefficient, 1.0) * num_layers / top_k_router(spec).top_k
             advice = f"output_router_logits=True with router_aux_loss_coef={coefficient:g} comes close in training"
         logger.warning("export to %s drops the balance loss %s: %s", config.model_type, loss.name, advice)

@@ -6,9 +6,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from moesaic.layer.balance.adaptive import AdaptiveCoefficient
 from moesaic.layer.balance.base import BalanceLoss
+from moesaic.layer.balance.coefficients import Coefficients
 from moesaic.layer.balance.load_balancing import LoadBalancing
 from moesaic.layer.balance.objective import BalanceObjective
+from moesaic.layer.balance.selection_bias import SelectionBiasUpdate
 from moesaic.layer.balance.statistics import expert_load, max_violation, routing_entropy
 from moesaic.layer.balance.z_loss import ZLoss
 
@@ -16,10 +19,13 @@ from moesaic.layer.balance.z_loss import ZLoss
 BalanceConfig = Annotated[LoadBalancing | ZLoss, Field(discriminator="type")]
 
 __all__ = [
+    "AdaptiveCoefficient",
     "BalanceConfig",
     "BalanceLoss",
     "BalanceObjective",
+    "Coefficients",
     "LoadBalancing",
+    "SelectionBiasUpdate",
     "ZLoss",
     "expert_load",
     "max_violation",

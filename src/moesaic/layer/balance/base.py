@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import TYPE_CHECKING
 
-from pydantic import NonNegativeFloat
+from pydantic import model_validator
 from torch import Tensor
 
 from moesaic.configuration import Config
+from moesaic.errors import ConfigError
+from moesaic.layer.balance.adaptive import AdaptiveCoefficient
 from moesaic.layer.record import Routing, RoutingContext
+from moesaic.layer.schedule import Schedule, Scheduled
+
+if TYPE_CHECKING:
+    from moesaic.layer.routers import BaseRouterConfig
 
 
 class BalanceLoss(Config):
@@ -18,15 +25,35 @@ class BalanceLoss(Config):
     its share of the total does not depend on how sequences are spread over micro-batches, ranks or padding.
 
     Attributes:
-        coefficient: weight of this loss, summed over layers, in the training loss.
+        coefficient: weight of this loss, summed over layers, in the training loss; a number, or a `Schedule` over the
+            training (AdaMoE, arXiv 2406.13233, section 3.4, has 0.02, then a step to 0.0001).
+        adaptive: let each layer's coefficient follow its drop rate, from `coefficient` on.
     """
 
-    coefficient: NonNegativeFloat
+    coefficient: Scheduled
+    adaptive: AdaptiveCoefficient | None = None
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> BalanceLoss:
+        if self.adaptive is not None and isinstance(self.coefficient, Schedule):
+            raise ConfigError("adaptive", self.adaptive.to_dict(), "does not go with a schedule", "keep one of the two")
+        return self
 
     @property
     def name(self) -> str:
         """Key under which the loss is reported."""
         return self.type  # type: ignore[attr-defined]
+
+    def check(self, router: BaseRouterConfig) -> None:
+        """Check against the router whose record it will read.
+
+        Raises:
+            ConfigError: naming the field that does not fit.
+        """
+        if self.adaptive is not None and self.adaptive.capacity_factor is None and not router.may_skip:
+            raise ConfigError(
+                "adaptive.capacity_factor", None, "is needed: this router drops no picks", "set it, for instance to 1.0"
+            )
 
     @abstractmethod
     def per_sequence(self, routing: Routing, context: RoutingContext) -> Tensor:

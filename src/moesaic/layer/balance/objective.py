@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from moesaic.layer.balance.base import BalanceLoss
 from moesaic.layer.record import Routing, RoutingContext
+from moesaic.layer.schedule import value_at
+
+Coefficient = Callable[[BalanceLoss, int], float | Tensor]
 
 
 class BalanceObjective:
@@ -18,11 +21,13 @@ class BalanceObjective:
         losses: which losses.
         weight_B: share of each sequence in the mean; with the shares of all micro-batches of an optimiser step adding
             up to 1, their losses add up to the loss of one large batch.
+        coefficient: of a loss in a layer; by default what the loss says for the beginning of the training.
     """
 
-    def __init__(self, losses: Sequence[BalanceLoss], weight_B: Tensor) -> None:
+    def __init__(self, losses: Sequence[BalanceLoss], weight_B: Tensor, coefficient: Coefficient | None = None) -> None:
         self.losses = losses
         self.weight_B = weight_B
+        self.coefficient = coefficient or _first_coefficient
         self.upstream: Tensor | None = None
 
     def by_name(self, context: RoutingContext) -> dict[str, Tensor]:
@@ -55,7 +60,13 @@ class BalanceObjective:
         return _AttachGradient.apply(y, torch.stack(losses).sum(), self)
 
     def _of_layer(self, loss: BalanceLoss, layer: int, routing: Routing, context: RoutingContext) -> Tensor:
-        return loss.coefficient * (loss.per_sequence(routing, context) * self.weight_B).sum()
+        value = (loss.per_sequence(routing, context) * self.weight_B).sum()
+        coefficient = self.coefficient(loss, layer)
+        return (coefficient.to(value) if isinstance(coefficient, Tensor) else coefficient) * value
+
+
+def _first_coefficient(loss: BalanceLoss, layer: int) -> float:
+    return value_at(loss.coefficient, 0.0)
 
 
 class _RememberUpstream(torch.autograd.Function):

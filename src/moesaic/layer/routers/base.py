@@ -62,6 +62,11 @@ class BaseRouterConfig(Config, ABC):
         return frozenset()
 
     @property
+    def has_selection_bias(self) -> bool:
+        """Whether the router has the buffer `e_score_correction_bias`, which `MoESpec.selection_bias_update` moves."""
+        return bool(getattr(self, "selection_bias", False))
+
+    @property
     def runs_all_experts(self) -> bool:
         """Whether every expert runs, or is merged, for every token: then there is no load to balance."""
         return False

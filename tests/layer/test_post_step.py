@@ -1,0 +1,269 @@
+"""What changes once an optimiser step: selection bias and adaptive coefficients, from the load of the whole step."""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from moesaic.errors import ConfigError
+from moesaic.layer import (
+    AdaptiveCoefficient,
+    LayerLoad,
+    MoEBlock,
+    MoESpec,
+    RoutingContext,
+    SelectionBiasUpdate,
+    all_reduce_loads,
+    loads_of,
+    max_violation,
+    post_step,
+)
+
+BASE: dict[str, Any] = {
+    "experts": {"num_experts": 4, "intermediate_size": 8},
+    "router": {"type": "top_k", "top_k": 2, "score_function": "sigmoid", "selection_bias": True},
+    "selection_bias_update": {},
+}
+
+
+def load_of(chosen: list[int], dropped: int = 0) -> LayerLoad:
+    chosen_M = torch.tensor(chosen)
+    return LayerLoad(chosen_M, chosen_M, torch.tensor(dropped), chosen_M.sum())
+
+
+def moved(chosen: list[int], progress: float = 0.0, **update: Any) -> list[float]:
+    bias_M = torch.zeros(len(chosen))
+    SelectionBiasUpdate.from_dict(update).apply(bias_M, torch.tensor(chosen), progress)
+    return bias_M.tolist()
+
+
+# --- Selection bias ---------------------------------------------------------------------------------------------------
+
+
+def test_worked_example() -> None:
+    """DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) with loads 10, 6, 8, 0 and rate 0.001; then the mean taken off."""
+    assert moved([10, 6, 8, 0], center=False) == pytest.approx([-0.001, 0, -0.001, 0.001])
+    assert moved([10, 6, 8, 0]) == pytest.approx([-0.00075, 0.00025, -0.00075, 0.00125])
+    assert max_violation(torch.tensor([10, 6, 8, 0])).item() == pytest.approx(2 / 3)
+
+
+def test_proportional_rule_does_not_depend_on_the_size_of_the_batch() -> None:
+    small = moved([10, 6, 8, 0], rule="proportional", rate=0.1)
+    assert small == pytest.approx([-0.1 * 4 / 6, 0, -0.1 * 2 / 6, 0.1])
+    assert moved([1000, 600, 800, 0], rule="proportional", rate=0.1) == pytest.approx(small)
+
+
+@pytest.mark.parametrize("rule", ["sign", "proportional"])
+def test_balanced_and_empty_steps_move_nothing(rule: str) -> None:
+    assert moved([5, 5, 5], rule=rule) == [0, 0, 0]
+    assert moved([0, 0, 0], rule=rule) == [0, 0, 0]
+
+
+def test_a_schedule_to_zero_freezes_the_bias() -> None:
+    rate = {"start": 0.001, "end": 0.0, "shape": "step", "begin": 0.9}
+    assert moved([2, 0], 0.89, rate=rate) == pytest.approx([-0.001, 0.001])
+    assert moved([2, 0], 0.9, rate=rate) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("rate", "steps", "start", "end"),
+    [(0.01, 100, 1.7, 0.2), (0.001, 100, 1.7, 0.75), (0.001, 500, 1.7, 0.05)],
+)
+def test_control_loop_balances_a_skewed_router(rate: float, steps: int, start: float, end: float) -> None:
+    """512 tokens, 16 experts, K = 4, three experts favoured by 1.5: balanced by the bias alone, finer for lower rates."""
+    spec = MoESpec.from_dict(
+        {
+            "experts": {"num_experts": 16, "intermediate_size": 1},
+            "router": {"type": "top_k", "top_k": 4, "score_function": "sigmoid", "selection_bias": True},
+            "selection_bias_update": {"rate": rate},
+        }
+    )
+    block = MoEBlock(spec, 16)
+    torch.manual_seed(0)
+    x_TD = torch.randn(512, 16)
+    x_TD[:, :3] += 1.5
+    with torch.no_grad():
+        block.gate.weight.copy_(torch.eye(16))
+    violations = []
+    for _ in range(steps):
+        load = LayerLoad.of(block.gate(x_TD))
+        violations.append(max_violation(load.chosen_M).item())
+        post_step({0: block}, {0: load}, 0.0)
+    assert violations[0] > start - 0.3
+    assert max(violations[-5:]) < end
+    bias_N = block.gate.e_score_correction_bias
+    assert bias_N.mean().abs() < 1e-6
+    assert bias_N[:3].max() < bias_N[3:].min()
+
+
+def test_bias_is_state_but_no_parameter_and_stays_float32() -> None:
+    block = MoEBlock(MoESpec.from_dict(BASE), 8).bfloat16()
+    post_step({0: block}, {0: load_of([3, 1, 0, 0])}, 0.0)
+    assert block.gate.e_score_correction_bias.dtype == torch.float32
+    assert block.gate.e_score_correction_bias.tolist() == pytest.approx([-0.001, 0, 0.001, 0.001], abs=3e-4)
+    assert "gate.e_score_correction_bias" in block.state_dict()
+    assert "gate.e_score_correction_bias" not in dict(block.named_parameters())
+
+
+def test_without_an_update_the_bias_stays() -> None:
+    block = MoEBlock(MoESpec.from_dict({**BASE, "selection_bias_update": None}), 8)
+    post_step({0: block}, {0: load_of([3, 1, 0, 0])}, 0.0)
+    assert not block.gate.e_score_correction_bias.any()
+
+
+def test_a_layer_that_did_not_run_stays() -> None:
+    blocks = {layer: MoEBlock(MoESpec.from_dict(BASE), 8, layer=layer) for layer in (0, 1)}
+    post_step(blocks, {1: load_of([3, 1, 0, 0])}, 0.0)
+    assert not blocks[0].gate.e_score_correction_bias.any()
+    assert blocks[1].gate.e_score_correction_bias.any()
+
+
+# --- The load of a step over micro-batches and processes ----------------------------------------------------------------
+
+
+def blocks_and_batch() -> tuple[dict[int, MoEBlock], Tensor, Tensor]:
+    torch.manual_seed(0)
+    blocks = {layer: MoEBlock(MoESpec.from_dict(BASE), 8, layer=layer) for layer in range(2)}
+    for block in blocks.values():
+        torch.nn.init.normal_(block.gate.weight)
+    mask_BL = torch.tensor([[1] * 5, [1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 0]]).bool()
+    return blocks, torch.randn(4, 5, 8) + torch.arange(4.0)[:, None, None], mask_BL
+
+
+def loads(blocks: dict[int, MoEBlock], x_BLD: Tensor, mask_BL: Tensor) -> dict[int, LayerLoad]:
+    context = RoutingContext(batch_size=x_BLD.shape[0], mask_T=mask_BL.flatten())
+    for block in blocks.values():
+        x_BLD = x_BLD + block(x_BLD, context)
+    return loads_of(context)
+
+
+def biases_after_one_step(parts: list[slice]) -> dict[int, Tensor]:
+    blocks, x_BLD, mask_BL = blocks_and_batch()
+    micro_batches = [loads(blocks, x_BLD[part], mask_BL[part]) for part in parts]
+    total = {layer: reduce(add, (load[layer] for load in micro_batches)) for layer in blocks}
+    post_step(blocks, all_reduce_loads(total), 0.0)
+    return {layer: block.gate.e_score_correction_bias for layer, block in blocks.items()}
+
+
+def test_accumulation_moves_the_bias_as_one_batch_does() -> None:
+    whole = biases_after_one_step([slice(0, 4)])
+    assert all(bias_N.any() for bias_N in whole.values())
+    assert_equal(biases_after_one_step([slice(0, 1), slice(1, 3), slice(3, 4)]), whole)
+
+
+def _rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    biases = biases_after_one_step([slice(0, 1)] if rank == 0 else [slice(1, 2), slice(2, 4)])
+    torch.save(biases, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_move_the_bias_as_one_does(tmp_path: Path) -> None:
+    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    whole = biases_after_one_step([slice(0, 4)])
+    for rank in range(2):
+        assert_equal(torch.load(tmp_path / f"{rank}.pt"), whole)
+
+
+def assert_equal(actual: dict[int, Tensor], expected: dict[int, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[layer], expected[layer]) for layer in expected)
+
+
+# --- Adaptive coefficients ----------------------------------------------------------------------------------------------
+
+
+def adaptive_block(**adaptive: Any) -> MoEBlock:
+    loss = {"type": "load_balancing", "coefficient": 0.004, "adaptive": adaptive}
+    return MoEBlock(MoESpec.from_dict({**BASE, "balance": [{"type": "z_loss", "coefficient": 1.0}, loss]}), 8)
+
+
+def test_coefficient_follows_the_drop_rate() -> None:
+    """Skywork-MoE (arXiv 2406.06563, section 4.2): a <- .99 a + .01 min(.2 d, .01)."""
+    config = AdaptiveCoefficient()
+    for dropped, target in ((0, 0.0), (2, 0.2 * 2 / 102), (50, 0.01)):
+        following = config.next(torch.tensor(0.004), load_of([100, 0], dropped))
+        assert following.item() == pytest.approx(0.99 * 0.004 + 0.01 * target)
+
+
+def test_a_capacity_factor_counts_what_would_be_dropped() -> None:
+    config = AdaptiveCoefficient(capacity_factor=1.25)
+    # Mean 6, room for 7.5: 2.5 of 24 are over.
+    assert config.drop_rate(load_of([10, 6, 7, 1])).item() == pytest.approx(2.5 / 24)
+    assert config.drop_rate(load_of([0, 0, 0, 0])).item() == 0
+
+
+def test_each_layer_has_its_own_coefficient_which_is_saved_and_stays_float32() -> None:
+    block = adaptive_block(capacity_factor=1.0, decay=0.9, rate=1.0, maximum=0.5).bfloat16()
+    assert {name: value.item() for name, value in block.coefficients_by_loss().items()} == {
+        "load_balancing": pytest.approx(0.004)
+    }
+    post_step({0: block}, {0: load_of([8, 0, 0, 0])}, 0.0)
+    (coefficient,) = block.coefficients_by_loss().values()
+    assert coefficient.dtype == torch.float32
+    assert coefficient.item() == pytest.approx(0.9 * 0.004 + 0.1 * 0.5)
+    other = adaptive_block(capacity_factor=1.0)
+    other.load_state_dict(block.float().state_dict())
+    assert other.coefficients_by_loss()["load_balancing"].item() == pytest.approx(0.0536)
+
+
+def test_blocks_without_adaptive_losses_have_no_state_for_them() -> None:
+    assert "adaptive_coefficients" not in MoEBlock(MoESpec.from_dict(BASE), 8).state_dict()
+
+
+# --- Configuration ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"router": {"type": "top_k", "top_k": 2}},
+            r"selection_bias_update = .* finds no bias in router top_k; give it `selection_bias: true`",
+        ),
+        ({"selection_bias_update": {"rate": -1}}, r"selection_bias_update\.rate = -1 is not valid; .*greater than"),
+        (
+            {"selection_bias_update": {"rate": {"start": 1, "end": -1}}},
+            r"selection_bias_update\.rate\.end = -1 is not valid; .*greater than or equal to 0",
+        ),
+        (
+            {"selection_bias_update": {"rate": {"start": 1, "end": 0, "shap": "step"}}},
+            r"selection_bias_update\.rate\.shap = 'step' is not a known key; did you mean 'shape'",
+        ),
+        (
+            {"balance": [{"type": "load_balancing", "coefficient": 1, "adaptive": {}}]},
+            r"balance\.0\.adaptive\.capacity_factor = None is needed: this router drops no picks",
+        ),
+        (
+            {
+                "balance": [
+                    {"type": "z_loss", "coefficient": {"start": 1, "end": 0}, "adaptive": {"capacity_factor": 1}}
+                ]
+            },
+            r"balance\.0\.adaptive = .* does not go with a schedule",
+        ),
+    ],
+)
+def test_bad_input_is_refused_by_name(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        MoESpec.from_dict({**BASE, **values})
+
+
+def test_specs_with_schedules_round_trip() -> None:
+    spec = MoESpec.from_dict(
+        {
+            **BASE,
+            "selection_bias_update": {"rate": {"start": 0.001, "end": 0.0, "shape": "step", "begin": 0.9}},
+            "balance": [{"type": "load_balancing", "coefficient": {"start": 0.02, "end": 1e-4}}],
+        }
+    )
+    assert MoESpec.from_dict(spec.to_dict()) == spec
