@@ -202,6 +202,17 @@ def test_a_capacity_factor_counts_what_would_be_dropped() -> None:
     assert config.drop_rate(load_of([0, 0, 0, 0])).item() == 0
 
 
+def test_drops_of_a_capacity_drive_the_coefficient() -> None:
+    loss = {"type": "z_loss", "coefficient": 0.0, "adaptive": {"decay": 0.0, "rate": 1.0, "maximum": 1.0}}
+    block = MoEBlock(MoESpec.from_dict({**BASE, "capacity": {"factor": 0.5}, "balance": [loss]}), 8)
+    context = RoutingContext()
+    block(torch.randn(12, 8), context)
+    (load,) = loads_of(context).values()
+    assert 0.5 <= load.drop_rate < 1
+    post_step({0: block}, {0: load}, 0.0)
+    assert block.coefficients_by_loss()["z_loss"].item() == pytest.approx(load.drop_rate.item())
+
+
 def test_each_layer_has_its_own_coefficient_which_is_saved_and_stays_float32() -> None:
     block = adaptive_block(capacity_factor=1.0, decay=0.9, rate=1.0, maximum=0.5).bfloat16()
     assert {name: value.item() for name, value in block.coefficients_by_loss().items()} == {
@@ -241,7 +252,7 @@ def test_blocks_without_adaptive_losses_have_no_state_for_them() -> None:
         ),
         (
             {"balance": [{"type": "load_balancing", "coefficient": 1, "adaptive": {}}]},
-            r"balance\.0\.adaptive\.capacity_factor = None is needed: this router drops no picks",
+            r"balance\.0\.adaptive\.capacity_factor = None is needed where no capacity drops picks",
         ),
         (
             {

@@ -31,6 +31,8 @@ class MoEBlock(nn.Module):
         experts: experts module to use instead of `Experts` (adapters and compressed experts come in here).
     """
 
+    adaptive_coefficients: Tensor | None
+
     def __init__(self, spec: MoESpec, hidden_size: int, layer: int = 0, experts: nn.Module | None = None) -> None:
         super().__init__()
         self.layer = layer
@@ -55,8 +57,6 @@ class MoEBlock(nn.Module):
         coefficients = torch.empty(len(self.adaptive_losses), dtype=torch.float32) if self.adaptive_losses else None
         self.register_buffer("adaptive_coefficients", coefficients)
         self.reset_parameters()
-
-    adaptive_coefficients: Tensor | None
 
     def reset_parameters(self) -> None:
         """Initialise the block's own state; its children have their own."""

@@ -114,7 +114,7 @@ class MoESpec(Config):
             self._check_layer(position)
         for index, loss in enumerate(self.balance):
             try:
-                loss.check(self.router)
+                loss.check(self)
             except ConfigError as error:
                 raise ConfigError(f"balance.{index}.{error.field}", error.value, error.problem, error.remedy) from None
         if self.selection_bias_update is not None and not self.router.has_selection_bias:

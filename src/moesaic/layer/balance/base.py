@@ -15,7 +15,7 @@ from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.schedule import Schedule, Scheduled
 
 if TYPE_CHECKING:
-    from moesaic.layer.routers import BaseRouterConfig
+    from moesaic.layer.spec import MoESpec
 
 
 class BalanceLoss(Config):
@@ -44,15 +44,18 @@ class BalanceLoss(Config):
         """Key under which the loss is reported."""
         return self.type  # type: ignore[attr-defined]
 
-    def check(self, router: BaseRouterConfig) -> None:
-        """Check against the router whose record it will read.
+    def check(self, spec: MoESpec) -> None:
+        """Check against the layers whose records it will read.
 
         Raises:
             ConfigError: naming the field that does not fit.
         """
-        if self.adaptive is not None and self.adaptive.capacity_factor is None and not router.may_skip:
+        if self.adaptive is not None and self.adaptive.capacity_factor is None and spec.capacity is None:
             raise ConfigError(
-                "adaptive.capacity_factor", None, "is needed: this router drops no picks", "set it, for instance to 1.0"
+                "adaptive.capacity_factor",
+                None,
+                "is needed where no capacity drops picks",
+                "set it, for instance to 1.0, or give the layers a capacity",
             )
 
     @abstractmethod
