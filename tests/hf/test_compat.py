@@ -42,6 +42,21 @@ def test_the_experts_decorator_sets_flags_after_the_constructor_and_reads_the_co
     assert hasattr(experts, "config"), "experts modules no longer keep their config; the switch is read from there"
 
 
+def test_experts_functions_skip_picks_of_no_expert_where_a_flag_says_so() -> None:
+    experts = MixtralExperts(stock_config("mixtral"))
+    assert experts._is_expert_parallel is False, "the flag has another name; compat.skip_no_expert sets it"
+    compat.skip_no_expert(experts)
+    index_TK = torch.tensor([[experts.num_experts, 1]])
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    x_TD, weight_TK = torch.ones(1, experts.down_proj.shape[1]), torch.ones(1, 2)
+    found = []
+    for name in ("eager", "grouped_mm", "batched_mm"):
+        experts.config._experts_implementation = name
+        found.append(experts(x_TD, index_TK, weight_TK))
+    torch.testing.assert_close(found[1:], [found[0]] * 2, rtol=1e-4, atol=1e-4)
+
+
 def test_a_registered_experts_function_runs_in_stock_models() -> None:
     calls = []
 

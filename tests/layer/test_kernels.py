@@ -329,3 +329,21 @@ def test_threads_do_not_change_the_result(kernel: str) -> None:
             assert all(map(torch.equal, first, gradients()))
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_kernel_that_can_not_skip_is_passed_over_where_picks_may_be_no_expert(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    needy = kernel_registry.Kernel("needy", KERNELS[0].run, lambda weights, x_TD: None, "test", skips_no_expert=False)
+    monkeypatch.setattr(kernel_registry, "KERNELS", (needy, *KERNELS))
+    weights, x_TD = make_weights("gated", torch.float32), torch.ones(1, D)
+    assert select("auto", weights, x_TD, may_skip=False).name == "needy"
+    assert select("auto", weights, x_TD, may_skip=True).name == KERNELS[0].name
+    with pytest.raises(UnsupportedKernel, match="needy: can't skip picks of no expert"):
+        select("needy", weights, x_TD)
+
+
+@pytest.mark.parametrize("capacity", [None, {"factor": 1}], ids=["dropless", "capacity"])
+def test_a_block_tells_its_experts_whether_picks_may_be_no_expert(capacity: dict[str, Any] | None) -> None:
+    values = {"experts": {"num_experts": N, "intermediate_size": 3}, "router": {"top_k": 2}, "capacity": capacity}
+    assert MoEBlock(MoESpec.from_dict(values), D).experts.may_skip == (capacity is not None)

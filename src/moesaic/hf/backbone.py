@@ -110,7 +110,7 @@ def build_backbone(config: PreTrainedConfig, owner: PreTrainedConfig, spec: MoES
 def _place(
     layer: nn.Module, index: int, family: Family, config: PreTrainedConfig, owner: PreTrainedConfig, spec: MoESpec
 ) -> MoEBlock:
-    experts = MoesaicExperts(owner, spec.experts, config.hidden_size)
+    experts = MoesaicExperts(owner, spec.experts, config.hidden_size, may_skip=spec.may_skip)
     block = BackboneMoEBlock(spec, config.hidden_size, index, experts, family.returns_tuple)
     setattr(layer, family.feed_forward, block)
     attention = cast(nn.Module, getattr(layer, family.attention))

@@ -33,6 +33,7 @@ __all__ = [
     "on_meta_device",
     "register_conversion",
     "register_experts_function",
+    "skip_no_expert",
     "use_experts_implementation",
 ]
 
@@ -40,6 +41,15 @@ __all__ = [
 def register_experts_function(name: str, function: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> None:
     """Make `name` a legal `experts_implementation` for every model of transformers."""
     ExpertsInterface.register(name, function)
+
+
+def skip_no_expert(experts: Any) -> None:
+    """Make transformers' experts functions skip picks of index N in a module under `use_experts_implementation`.
+
+    They do so for the picks that expert parallelism sends to other ranks, and only when this flag says that there are
+    some. Without it "grouped_mm" adds uninitialised rows and "batched_mm" reads past the last expert.
+    """
+    experts._is_expert_parallel = True
 
 
 def register_conversion(name: str, mapping: list[WeightConverter | WeightRenaming]) -> None:

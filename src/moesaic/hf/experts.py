@@ -6,11 +6,36 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from moesaic.errors import UnsupportedKernel
-from moesaic.hf.compat import register_experts_function, use_experts_implementation
-from moesaic.layer import Experts, ExpertsConfig
+from moesaic.hf.compat import register_experts_function, skip_no_expert, use_experts_implementation
+from moesaic.layer import Experts, ExpertsConfig, MoESpec
 from moesaic.layer.kernels import ExpertWeights, run_experts
 
 IMPLEMENTATION = "moesaic"
+
+# Implementations that were seen to skip picks of no expert, forward and backward (tests/hf/test_no_expert.py). Those of
+# transformers know such picks from expert parallelism only. "deepgemm" and "sonicmoe" say that they skip them too, but
+# need a GPU and kernels from the hub, and nobody has run them with such picks here.
+_SKIP_NO_EXPERT = frozenset({"eager", IMPLEMENTATION, "grouped_mm", "batched_mm"})
+
+
+def supports_no_expert(name: str) -> bool:
+    """Whether an `experts_implementation` computes nothing for picks of no expert."""
+    return name in _SKIP_NO_EXPERT
+
+
+def check_implementation(name: str, spec: MoESpec) -> None:
+    """Refuse an `experts_implementation` that would compute garbage for picks of no expert.
+
+    Raises:
+        UnsupportedKernel: if the router or capacity of `spec` makes such picks and `name` is not known to skip them.
+    """
+    if spec.may_skip and not supports_no_expert(name):
+        part = "capacity" if spec.capacity is not None else f"router {spec.router.type}"
+        known = ", ".join(sorted(_SKIP_NO_EXPERT))
+        raise UnsupportedKernel(
+            f"experts_implementation = {name!r} is not known to skip picks of no expert, which the {part} of this model "
+            f"makes; choose one of {known}"
+        )
 
 
 @use_experts_implementation
@@ -24,10 +49,20 @@ class MoesaicExperts(_SwitchedExperts):
 
     "moesaic" (the default of our models) and "eager" run the kernel that the spec names; "grouped_mm", "batched_mm"
     and the other names run transformers' own functions on the same parameters.
+
+    Args:
+        config: carries the switch.
+        experts: the experts.
+        hidden_size: D.
+        may_skip: whether picks may be no expert.
     """
 
-    def __init__(self, config: PreTrainedConfig, experts: ExpertsConfig, hidden_size: int) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, experts: ExpertsConfig, hidden_size: int, *, may_skip: bool = True
+    ) -> None:
         super().__init__(config, experts, hidden_size)
+        if may_skip:
+            skip_no_expert(self)
         # The decorator describes a class; here gate and bias belong to the instance.
         self.has_gate, self.has_bias = experts.gated, experts.bias
 
@@ -43,7 +78,8 @@ def moesaic_experts_forward(module, hidden_TD: Tensor, index_TK: Tensor, weight_
             f'{type(module).__name__} normalises each expert\'s output; use experts_implementation="grouped_mm"'
         )
     kernel = getattr(module, "kernel", "auto")
-    return run_experts(kernel, ExpertWeights.of(module), hidden_TD, index_TK, weight_TK)
+    may_skip = getattr(module, "may_skip", True)
+    return run_experts(kernel, ExpertWeights.of(module), hidden_TD, index_TK, weight_TK, may_skip=may_skip)
 
 
 def register() -> None:

@@ -15,7 +15,7 @@ from transformers.utils.generic import can_return_tuple
 from moesaic.errors import UnsupportedDecoding
 from moesaic.hf.backbone import CONTEXT, build_backbone, moe_blocks
 from moesaic.hf.configuration import MoesaicConfig
-from moesaic.hf.experts import IMPLEMENTATION
+from moesaic.hf.experts import IMPLEMENTATION, check_implementation
 from moesaic.hf.families import family_of
 from moesaic.hf.limits import check_needs, check_pipeline
 from moesaic.hf.output import MoeCausalLMOutput, MoeModelOutput
@@ -48,8 +48,14 @@ class MoesaicPreTrainedModel(PreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """Our own kernels unless something else is asked for."""
-        return super().get_correct_experts_implementation(requested_experts or IMPLEMENTATION)
+        """Our own kernels unless something else is asked for.
+
+        Raises:
+            UnsupportedKernel: if the model makes picks of no expert and what is asked for is not known to skip them.
+        """
+        name = super().get_correct_experts_implementation(requested_experts or IMPLEMENTATION)
+        check_implementation(name, self.config.spec)
+        return name
 
 
 class MoesaicModel(MoesaicPreTrainedModel):

@@ -40,6 +40,8 @@ class MoEBlock(nn.Module):
         self.gate.layer = layer
         self.capacity = spec.capacity
         self.experts = experts if experts is not None else Experts(spec.experts, hidden_size)
+        if isinstance(self.experts, Experts):
+            self.experts.may_skip = spec.may_skip
         self.shared_experts = self.shared_expert_gate = None
         if spec.shared_experts is not None:
             self.shared_experts = SharedExperts(

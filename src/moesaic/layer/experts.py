@@ -60,7 +60,12 @@ class Experts(nn.Module):
     Parameters: `gate_up_proj` (N, 2F, D), gate rows first, or `up_proj` (N, F, D); `down_proj` (N, D, F); with biases
     `gate_up_proj_bias` (N, 2F) or `up_proj_bias` (N, F), and `down_proj_bias` (N, D). The flags `has_gate`, `has_bias`,
     `is_transposed` and `is_concatenated` describe this layout in transformers' terms.
+
+    Attributes:
+        may_skip: whether picks may be no expert; set by the block that owns the experts.
     """
+
+    may_skip: bool = True
 
     def __init__(self, config: ExpertsConfig, hidden_size: int) -> None:
         super().__init__()
@@ -95,7 +100,8 @@ class Experts(nn.Module):
 
     def forward(self, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """The weighted sum of the picked experts for each token, y_TD; an index of N picks no expert."""
-        return run_experts(self.kernel, ExpertWeights.of(self), hidden_TD, index_TK, weight_TK)
+        weights = ExpertWeights.of(self)
+        return run_experts(self.kernel, weights, hidden_TD, index_TK, weight_TK, may_skip=self.may_skip)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         return self._gate(gate_up)

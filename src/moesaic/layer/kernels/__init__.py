@@ -33,12 +33,14 @@ class Kernel:
         run: the computation.
         refuses: the reason why it can't take these weights and input, or None if it can.
         why: said in the log when it is chosen.
+        skips_no_expert: whether it takes picks of no expert, which add nothing to output and gradients.
     """
 
     name: str
     run: Callable[[ExpertWeights, Tensor, Tensor, Tensor], Tensor]
     refuses: Callable[[ExpertWeights, Tensor], str | None]
     why: str
+    skips_no_expert: bool
 
 
 def _refuses_nothing(weights: ExpertWeights, x_TD: Tensor) -> None:
@@ -54,14 +56,24 @@ def _grouped_refuses(weights: ExpertWeights, x_TD: Tensor) -> str | None:
 # In order of preference.
 KERNELS: tuple[Kernel, ...] = (
     Kernel(
-        "grouped", grouped.run, _grouped_refuses, "sorts rows by expert once; forward and backward in packed tensors"
+        "grouped",
+        grouped.run,
+        _grouped_refuses,
+        "sorts rows by expert once; forward and backward in packed tensors",
+        skips_no_expert=True,
     ),
-    Kernel("loop", loop.run, _refuses_nothing, "the specification; differentiable twice"),
+    Kernel("loop", loop.run, _refuses_nothing, "the specification; differentiable twice", skips_no_expert=True),
 )
 
 
-def select(name: str, weights: ExpertWeights, x_TD: Tensor) -> Kernel:
+def select(name: str, weights: ExpertWeights, x_TD: Tensor, *, may_skip: bool = True) -> Kernel:
     """The kernel that a config asks for, or for "auto" the first one that takes this input.
+
+    Args:
+        name: kernel name or "auto".
+        weights: the experts.
+        x_TD: hidden states.
+        may_skip: whether picks may be no expert.
 
     Raises:
         UnsupportedKernel: for an unknown name or a kernel that refuses, with every reason.
@@ -71,6 +83,8 @@ def select(name: str, weights: ExpertWeights, x_TD: Tensor) -> Kernel:
         if name not in ("auto", kernel.name):
             continue
         reason = kernel.refuses(weights, x_TD)
+        if may_skip and not kernel.skips_no_expert:
+            reason = "can't skip picks of no expert, which this router or capacity makes"
         if reason is None:
             if not torch.compiler.is_compiling():
                 _log_choice(kernel.name, kernel.why if name == "auto" else "asked for by the configuration")
@@ -81,7 +95,9 @@ def select(name: str, weights: ExpertWeights, x_TD: Tensor) -> Kernel:
     raise UnsupportedKernel(f"experts.kernel = {name!r} cannot be used ({detail}); choose auto or one of {known}")
 
 
-def run_experts(name: str, weights: ExpertWeights, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+def run_experts(
+    name: str, weights: ExpertWeights, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, *, may_skip: bool = True
+) -> Tensor:
     """Select a kernel and run it.
 
     Args:
@@ -90,11 +106,12 @@ def run_experts(name: str, weights: ExpertWeights, x_TD: Tensor, index_TK: Tenso
         x_TD: hidden states.
         index_TK: picks in [0, N]; N stands for no expert.
         weight_TK: combine weights.
+        may_skip: whether a pick may be N.
 
     Returns:
         y_TD in the dtype of `x_TD`.
     """
-    return select(name, weights, x_TD).run(weights, x_TD, index_TK, weight_TK)
+    return select(name, weights, x_TD, may_skip=may_skip).run(weights, x_TD, index_TK, weight_TK)
 
 
 @functools.cache
