@@ -33,7 +33,7 @@ def make_spec(config: BaseRouterConfig, capacity: dict[str, Any]) -> MoESpec:
         {
             "experts": {"num_experts": N, "intermediate_size": 4},
             "router": config.to_dict(),
-            "capacity": {"factor": 0.4, "minimum": 1, **capacity},
+            "capacity": {"factor": 0.2, "minimum": 1, **capacity},
         }
     )
 
