@@ -107,6 +107,44 @@ ROUTERS: dict[str, Row] = {
             "scaling_factor": 1.5,
         }
     ),
+    "sentence": Row({"type": "sentence", "top_k": 2}),
+    "sentence_prefix": Row({"type": "sentence", "top_k": 2, "pool": "prefix", "normalize_top_k": True}),
+    "sentence_first": Row({"type": "sentence", "top_k": 3, "pool": "first", "score_function": "sigmoid"}),
+    "task_gates": Row({"type": "task", "num_tasks": TASKS, "top_k": 2}),
+    "task_gates_dense": Row(
+        {"type": "task", "num_tasks": TASKS, "top_k": N}, balanced="every token picks every expert"
+    ),
+    "task_embedding": Row({"type": "task", "num_tasks": TASKS, "top_k": 2, "kind": "embedding"}),
+    "task_embedding_added": Row(
+        {
+            "type": "task",
+            "num_tasks": TASKS,
+            "top_k": 3,
+            "kind": "embedding",
+            "embedding_input": "add",
+            "score_function": "sigmoid",
+            "normalize_top_k": True,
+        }
+    ),
+    "task_fixed": Row({"type": "task", "num_tasks": TASKS, "kind": "fixed", "experts": [[0, 7], [2], [1, 2, 3]]}),
+    "task_split": Row({"type": "task", "num_tasks": 4, "kind": "fixed"}),
+    "modality": Row({"type": "modality", "banks": [5, 3], "top_k": 2}),
+    "modality_shared": Row(
+        {
+            "type": "modality",
+            "banks": [2, 3],
+            "shared": 3,
+            "top_k": 4,
+            "score_function": "sigmoid",
+            "selection_bias": True,
+            "normalize_top_k": True,
+            "normalization_floor": 1e-12,
+            "scaling_factor": 2.0,
+        }
+    ),
+    "random": Row({"type": "random", "top_k": 2}),
+    "random_sequences": Row({"type": "random", "top_k": 3, "unit": "sequence", "evaluation": "random"}),
+    "random_ensemble": Row({"type": "random", "top_k": 2, "evaluation": "all"}),
     "noisy_top_k": Row({"type": "noisy_top_k", "top_k": 3}),
     "noisy_fixed": Row({"type": "noisy_top_k", "top_k": 1, "noise": "fixed", "softmax_over": "all"}),
     "cosine": Row({"type": "cosine", "top_k": 2}),
@@ -154,6 +192,11 @@ ROUTERS: dict[str, Row] = {
             "scaling_factor": 6.0,
             "selection_bias": True,
         }
+    ),
+    "soft_slots": Row({"type": "soft_slots"}, balanced="every token gets outputs of all experts"),
+    "soft_slots_unnormalised": Row(
+        {"type": "soft_slots", "slots_per_expert": 3, "normalize": False},
+        balanced="every token gets outputs of all experts",
     ),
     "expert_choice": Row({"type": "expert_choice"}, balanced="every expert takes the same number of tokens"),
     "expert_choice_over_the_batch": Row(

@@ -24,6 +24,8 @@ from moesaic.errors import ConfigError
 from moesaic.layer import (
     BalanceLoss,
     BaseRouterConfig,
+    Experts,
+    ExpertsConfig,
     LayerLoad,
     LoadBalancing,
     MoEBlock,
@@ -100,9 +102,22 @@ def assert_same(actual: Routing, expected: Routing) -> None:
     torch.testing.assert_close(tensors(actual), tensors(expected), rtol=1e-12, atol=1e-12)
 
 
-def select_tokens(routing: Routing, keep_BT: Tensor) -> dict[str, Tensor]:
-    """The record of some tokens only, each token's picks in the order of experts."""
-    chosen = {name: value[keep_BT.flatten()] for name, value in tensors(routing).items()}
+def run_experts(routing: Routing, x_BTD: Tensor) -> Tensor:
+    """What fixed experts make of the input with this routing, y_TD."""
+    torch.manual_seed(0)
+    experts = Experts(ExpertsConfig(num_experts=N, intermediate_size=4), D).double()
+    experts.reset_parameters(std=1.0)
+    x_TD = x_BTD.reshape(-1, D)
+    with torch.no_grad():
+        if routing.assignment is not None:
+            return routing.assignment.run(experts, x_TD)
+        return experts(x_TD, routing.index_TK, routing.weight_TK)
+
+
+def select_tokens(routing: Routing, keep_BT: Tensor, x_BTD: Tensor) -> dict[str, Tensor]:
+    """The record and output of some tokens only, each token's picks in the order of experts."""
+    everything = tensors(routing) | {"output": run_experts(routing, x_BTD)}
+    chosen = {name: value[keep_BT.flatten()] for name, value in everything.items()}
     width = N  # routers whose K depends on the batch pad to the widest token
     order_TK = chosen["choice_TK"].argsort(dim=-1, stable=True)
     for name in ("index_TK", "weight_TK", "choice_TK", "chosen_TK", "dropped_TK"):
@@ -261,10 +276,11 @@ def test_other_sequences_matter_only_where_declared(config: BaseRouterConfig, tr
     permutation_B = torch.tensor([2, 0, 3, 1])
     rows_T = torch.arange(B * LENGTH).view(B, LENGTH)[permutation_B].flatten()
     everything = torch.ones(B * LENGTH, dtype=torch.bool)
-    actual = route(router, make_input()[permutation_B], rearrange(context, rows_T, permutation_B))
+    permuted_BTD = make_input()[permutation_B]
+    actual = route(router, permuted_BTD, rearrange(context, rows_T, permutation_B))
     moved = not same(
-        {name: value[rows_T.argsort()] for name, value in select_tokens(actual, everything).items()},
-        select_tokens(expected, everything),
+        {name: value[rows_T.argsort()] for name, value in select_tokens(actual, everything, permuted_BTD).items()},
+        select_tokens(expected, everything, make_input()),
     )
     for first in range(B):
         changed_BTD = make_input()
@@ -272,7 +288,7 @@ def test_other_sequences_matter_only_where_declared(config: BaseRouterConfig, tr
         changed_BTD[others_B] = changed_BTD[others_B] * -3 + 1
         keep_BT = (~others_B).unsqueeze(-1).expand(B, LENGTH)
         changed = route(router, changed_BTD, context)
-        moved |= not same(select_tokens(changed, keep_BT), select_tokens(expected, keep_BT))
+        moved |= not same(select_tokens(changed, keep_BT, changed_BTD), select_tokens(expected, keep_BT, make_input()))
     assert moved == ("other_sequences" in declared)
 
 
@@ -289,7 +305,9 @@ def test_later_tokens_matter_only_where_declared(config: BaseRouterConfig, train
         other_ids_T = torch.where(earlier_BT.flatten(), context.token_ids_T, VOCABULARY - 1 - context.token_ids_T)
         changed = route(router, changed_BTD, replace(context, token_ids_T=other_ids_T))
         expected = route(router, make_input(), context)
-        moved |= not same(select_tokens(changed, earlier_BT), select_tokens(expected, earlier_BT))
+        moved |= not same(
+            select_tokens(changed, earlier_BT, changed_BTD), select_tokens(expected, earlier_BT, make_input())
+        )
     assert moved == ("later_tokens" in config.depends_on(training))
 
 
@@ -312,7 +330,7 @@ def test_padding_changes_neither_routing_nor_balance(config: BaseRouterConfig, l
             getattr(context, name)[mask_BT.flatten()] = getattr(plain, name)
         padded, expected = route(router, x_BTD, context), route(router, make_input(), plain)
         everything = torch.ones(B * LENGTH, dtype=torch.bool)
-        assert same(select_tokens(padded, mask_BT), select_tokens(expected, everything))
+        assert same(select_tokens(padded, mask_BT, x_BTD), select_tokens(expected, everything, make_input()))
         torch.testing.assert_close(loss.per_sequence(padded, context), loss.per_sequence(expected, plain))
 
 

@@ -40,13 +40,17 @@ class Slots:
 
     def run(self, experts: nn.Module, x_TD: Tensor) -> Tensor:
         batch, length, slots = self.dispatch_BLP.shape
-        x_BLD = x_TD.view(batch, length, -1)
+        width = x_TD.shape[-1]
+        x_BLD = x_TD.view(batch, length, width)
         slot_BPD = torch.einsum("blp,bld->bpd", self.dispatch_BLP.to(x_TD.dtype), x_BLD)
         expert_P = torch.arange(slots, device=x_TD.device) // (slots // self.num_experts)
         index_S1 = expert_P.repeat(batch).unsqueeze(-1)
-        rows_SD = experts(slot_BPD.reshape(batch * slots, -1), index_S1, torch.ones_like(index_S1, dtype=torch.float32))
+        one_S1 = torch.ones_like(index_S1, dtype=self.combine_BLP.dtype)
+        rows_SD = experts(slot_BPD.reshape(batch * slots, width), index_S1, one_S1)
         combine_BLP = self.combine_BLP.to(rows_SD.dtype)
-        return torch.einsum("blp,bpd->bld", combine_BLP, rows_SD.view(batch, slots, -1)).reshape(x_TD.shape)
+        y_BLD = torch.einsum("blp,bpd->bld", combine_BLP, rows_SD.view(batch, slots, width))
+        # Autocast runs the sums in half precision and leaves them there.
+        return y_BLD.reshape(x_TD.shape).to(x_TD.dtype)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,16 @@ from moesaic.layer.routers.dense import DenseConfig, DenseRouter
 from moesaic.layer.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
 from moesaic.layer.routers.hash import HashConfig, HashRouter
 from moesaic.layer.routers.mlp import MLPConfig, MLPRouter
+from moesaic.layer.routers.modality import ModalityConfig, ModalityRouter
 from moesaic.layer.routers.noisy_top_k import NoisyTopKConfig, NoisyTopKRouter
 from moesaic.layer.routers.normalised import NormalisedConfig, NormalisedRouter
 from moesaic.layer.routers.null_experts import NullExpertsConfig, NullExpertsRouter
 from moesaic.layer.routers.prototyped import PrototypedConfig, PrototypedRouter
+from moesaic.layer.routers.random import RandomConfig, RandomRouter
 from moesaic.layer.routers.sampled_second import SampledSecondConfig, SampledSecondRouter
+from moesaic.layer.routers.sentence import SentenceConfig, SentenceRouter
+from moesaic.layer.routers.soft_slots import SoftSlotsConfig, SoftSlotsRouter
+from moesaic.layer.routers.task import TaskConfig, TaskRouter
 from moesaic.layer.routers.threshold import ThresholdConfig, ThresholdRouter
 from moesaic.layer.routers.top_k import TopKConfig, TopKRouter
 
@@ -35,11 +40,16 @@ RouterConfig = Annotated[
     | ExpertChoiceConfig
     | HashConfig
     | MLPConfig
+    | ModalityConfig
     | NoisyTopKConfig
     | NormalisedConfig
     | NullExpertsConfig
     | PrototypedConfig
+    | RandomConfig
     | SampledSecondConfig
+    | SentenceConfig
+    | SoftSlotsConfig
+    | TaskConfig
     | ThresholdConfig,
     Field(discriminator="type"),
     BeforeValidator(_top_k_unless_named),
@@ -59,6 +69,8 @@ __all__ = [
     "HashRouter",
     "MLPConfig",
     "MLPRouter",
+    "ModalityConfig",
+    "ModalityRouter",
     "NoisyTopKConfig",
     "NoisyTopKRouter",
     "NormalisedConfig",
@@ -67,10 +79,18 @@ __all__ = [
     "NullExpertsRouter",
     "PrototypedConfig",
     "PrototypedRouter",
+    "RandomConfig",
+    "RandomRouter",
     "Router",
     "RouterConfig",
     "SampledSecondConfig",
     "SampledSecondRouter",
+    "SentenceConfig",
+    "SentenceRouter",
+    "SoftSlotsConfig",
+    "SoftSlotsRouter",
+    "TaskConfig",
+    "TaskRouter",
     "ThresholdConfig",
     "ThresholdRouter",
     "TopKConfig",
