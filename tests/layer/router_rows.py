@@ -27,6 +27,8 @@ class Row(NamedTuple):
     balanced: str = ""
 
 
+UNUSED_STATE = {"cell.weight_hh": "the first layer starts from a state of zeros"}
+
 ROUTERS: dict[str, Row] = {
     "softmax": Row({"type": "top_k", "top_k": 3}),
     "softmax_renormalised": Row({"type": "top_k", "top_k": 3, "normalize_top_k": True}),
@@ -181,6 +183,39 @@ ROUTERS: dict[str, Row] = {
     "null_experts_more_picks_than_experts": Row({"type": "null_experts", "top_k": 10, "num_null": 5}),
     "null_experts_over_selected": Row(
         {"type": "null_experts", "top_k": 3, "num_null": 8, "normalize_over": "selected", "linear_bias": True}
+    ),
+    "recurrent": Row({"type": "recurrent", "top_k": 2, "state_size": 5}, unreached=UNUSED_STATE),
+    "recurrent_lstm_residual": Row(
+        {"type": "recurrent", "top_k": 3, "state_size": 4, "cell": "lstm", "residual": 0.5, "linear_bias": False},
+        unreached=UNUSED_STATE,
+    ),
+    "recurrent_detached": Row(
+        {
+            "type": "recurrent",
+            "top_k": 2,
+            "state_size": 5,
+            "cell": "rnn",
+            "mode": "detached",
+            "residual": 1.0,
+            "accumulate_residual": True,
+            "shared_projector": True,
+        },
+        unreached=UNUSED_STATE,
+    ),
+    "recurrent_no_passing": Row(
+        {"type": "recurrent", "top_k": 2, "state_size": 5, "mode": "no_passing", "freeze_head": True},
+        unreached=UNUSED_STATE,
+    ),
+    "recurrent_learned_start": Row(
+        {
+            "type": "recurrent",
+            "top_k": 1,
+            "state_size": 5,
+            "mode": "learned_start",
+            "normalize_top_k": False,
+            "residual": 0.5,
+            "detach_residual": True,
+        }
     ),
     "longcat_flash": Row(
         {

@@ -19,7 +19,7 @@ from moesaic.hf.experts import IMPLEMENTATION, check_implementation
 from moesaic.hf.families import family_of
 from moesaic.hf.limits import check_needs, check_pipeline
 from moesaic.hf.output import MoeCausalLMOutput, MoeModelOutput
-from moesaic.layer import MoEBlock, RoutingContext
+from moesaic.layer import MoEBlock, Router, RoutingContext
 from moesaic.layer.balance import BalanceObjective, Coefficients
 
 RoutingListener = Callable[[RoutingContext], None]
@@ -46,6 +46,16 @@ class MoesaicPreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which documents the arguments; what a router's config freezes is frozen after it."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():
+            if isinstance(module, Router):
+                module.freeze()
+        return loaded
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Our own kernels unless something else is asked for.

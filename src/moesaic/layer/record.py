@@ -125,25 +125,32 @@ class RoutingContext:
 
     def previous(self, layer: int) -> int | None:
         """Index of the last MoE layer below `layer` that has run, or None."""
-        return max((index for index in self.records if index < layer), default=None)
+        below = [index for index in self.records if index < layer]
+        return max(below) if below else None
 
     def previous_state(self, layer: int) -> Tensor | None:
         """The router state of the last MoE layer below `layer`, or None.
 
-        Differentiable also under reentrant checkpointing, where the lower layer's first run had no graph: its gradient
-        is then left in `state_gradients` for that layer's own recomputation, which comes later in the backward pass.
+        Differentiable also under reentrant checkpointing, of all layers or some. A layer then first runs without a graph
+        and again, with one, within the backward pass. A state from a first run has no graph to go back through, and a
+        second run must not go back through the graph of a layer that runs once, whose backward would then run twice.
+        So the gradient is left in `state_gradients` for the lower layer's own backward, which comes later; see
+        `attach_state`.
         """
         below = self.previous(layer)
         state = None if below is None else self.records[below].state
-        if below is None or state is None or state.requires_grad or not torch.is_grad_enabled():
+        if below is None or state is None or not torch.is_grad_enabled():
+            return state
+        second_run = layer in self.records and not self.records[layer].logits_TN.requires_grad
+        if state.requires_grad and not second_run:
             return state
         return _LeaveGradient.apply(state.detach().requires_grad_(), self, below)
 
     def attach_state(self, y: Tensor, layer: int, state: Tensor | None) -> Tensor:
-        """`y` unchanged, whose backward also sends into `state` the gradient that layers above left for it."""
-        if state is None or not state.requires_grad or layer not in self.state_gradients:
+        """`y` unchanged, whose backward also sends into `state` the gradient that layers above left for it by then."""
+        if state is None or not state.requires_grad:
             return y
-        return _AttachGradient.apply(y, state, self.state_gradients.pop(layer))
+        return _TakeGradient.apply(y, state, self, layer)
 
     def tokens_per_sequence(self, num_tokens: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Number of real tokens of each sequence, shape (B,)."""
@@ -167,14 +174,14 @@ class _LeaveGradient(torch.autograd.Function):
         return grad, None, None
 
 
-class _AttachGradient(torch.autograd.Function):
-    """Identity on `y` that gives `state` a gradient known already."""
+class _TakeGradient(torch.autograd.Function):
+    """Identity on `y` that gives `state` the gradient that recomputed layers above have left for it, if any."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, state: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
+    def forward(ctx, y: Tensor, state: Tensor, context: RoutingContext, layer: int) -> Tensor:
+        ctx.context, ctx.layer = context, layer
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        return grad, ctx.saved_tensors[0], None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
+        return grad, ctx.context.state_gradients.pop(ctx.layer, None), None, None

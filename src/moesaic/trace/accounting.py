@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from moesaic.errors import ConfigError, UnsupportedModel
 from moesaic.hf import MoesaicModel
 from moesaic.hf.families import Family, family_of
-from moesaic.layer import MoEBlock
+from moesaic.layer import MoEBlock, Router
 
 PARTS = (
     "embeddings",
@@ -257,7 +257,9 @@ def _uses(
         active = round(parameter.numel() * region.picks / region.experts)
         yield _Use(region.part, region.layer, parameter.numel(), active, matmul, parameter not in seen)
         seen.add(parameter)
-    for child in module.children():
+    # What a router borrows from another layer's is work here, too.
+    borrowed = [getattr(module, name) for name in module.borrowed] if isinstance(module, Router) else []
+    for child in (*module.children(), *borrowed):
         yield from _uses(child, regions, region, seen)
 
 

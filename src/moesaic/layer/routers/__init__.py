@@ -19,6 +19,7 @@ from moesaic.layer.routers.normalised import NormalisedConfig, NormalisedRouter
 from moesaic.layer.routers.null_experts import NullExpertsConfig, NullExpertsRouter
 from moesaic.layer.routers.prototyped import PrototypedConfig, PrototypedRouter
 from moesaic.layer.routers.random import RandomConfig, RandomRouter
+from moesaic.layer.routers.recurrent import RecurrentConfig, RecurrentRouter
 from moesaic.layer.routers.sampled_second import SampledSecondConfig, SampledSecondRouter
 from moesaic.layer.routers.sentence import SentenceConfig, SentenceRouter
 from moesaic.layer.routers.soft_slots import SoftSlotsConfig, SoftSlotsRouter
@@ -46,6 +47,7 @@ RouterConfig = Annotated[
     | NullExpertsConfig
     | PrototypedConfig
     | RandomConfig
+    | RecurrentConfig
     | SampledSecondConfig
     | SentenceConfig
     | SoftSlotsConfig
@@ -81,6 +83,8 @@ __all__ = [
     "PrototypedRouter",
     "RandomConfig",
     "RandomRouter",
+    "RecurrentConfig",
+    "RecurrentRouter",
     "Router",
     "RouterConfig",
     "SampledSecondConfig",

@@ -118,6 +118,7 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
         top_k: K, the width of the record.
         layer: index of the decoder layer; set by the block that owns the router.
         full_precision: names of own buffers that casts leave in float32.
+        borrowed: names of submodules that another layer's router owns.
     """
 
     config: ConfigT
@@ -125,6 +126,7 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
     top_k: int
     layer: int = 0
     full_precision: tuple[str, ...] = ()
+    borrowed: tuple[str, ...] = ()
 
     def __init__(self, config: ConfigT, num_experts: int, top_k: int) -> None:
         super().__init__()
@@ -150,6 +152,9 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
             else:
                 nn.init.normal_(tensor, std=std)
 
+    def freeze(self) -> None:
+        """Take out of the training what the config says is frozen: when the router is built, and after loading."""
+
     def post_step(self, load: LayerLoad, progress: float) -> None:
         """Commit state that changes once an optimiser step; most routers have none.
 
@@ -169,6 +174,7 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
         delattr(self, name)
         # Past nn.Module's own __setattr__, which would register it.
         object.__setattr__(self, name, getattr(owner, name))
+        self.borrowed = (*self.borrowed, name)
 
     @property
     def picks(self) -> float:

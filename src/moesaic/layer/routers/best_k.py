@@ -62,12 +62,13 @@ class BestKRouter(Router[BestKConfigT]):
     def __init__(self, config: BestKConfigT, num_experts: int) -> None:
         super().__init__(config, num_experts, config.top_k)
 
-    def take_best(self, logits_TN: Tensor, compared_TN: Tensor | None = None) -> Routing:
+    def take_best(self, logits_TN: Tensor, compared_TN: Tensor | None = None, state: Tensor | None = None) -> Routing:
         """The record of tokens with these logits.
 
         Args:
             logits_TN: logits.
             compared_TN: what the selection compares; the scores by default.
+            state: what the next layer's router reads.
         """
         config = self.config
         scores_TN = score(logits_TN, config.score_function)
@@ -87,4 +88,5 @@ class BestKRouter(Router[BestKConfigT]):
             logits_TN=logits_TN,
             scores_TN=scores_TN,
             selection_TN=selection_TN,
+            state=state,
         )
