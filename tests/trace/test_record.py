@@ -28,6 +28,20 @@ def test_every_layer_records_k_picks_for_each_token():
         assert not layer.weight_TK.requires_grad
 
 
+def test_records_of_different_widths_are_padded_with_no_expert():
+    model = tiny_model(router={"type": "expert_choice", "capacity_factor": 1.5})
+    torch.manual_seed(0)
+    ids = [torch.randint(50, (1, length)) for length in (1, 7, 12)]
+    with record(model) as trace:
+        widths = [model(each, output_routing=True).routing.records[1].top_k for each in ids]
+    assert len(set(widths)) > 1
+    layer = trace.layers[1]
+    assert layer.index_TK.shape == layer.weight_TK.shape == (20, layer.top_k) == (20, max(widths))
+    counts = torch.bincount(layer.index_TK.flatten(), minlength=NUM_EXPERTS + 1)[:NUM_EXPERTS]
+    assert counts.tolist() == layer.load_N.tolist() == [1 + 2 + 3] * NUM_EXPERTS
+    assert not layer.weight_TK[layer.index_TK == NUM_EXPERTS].any()
+
+
 def test_padding_is_left_out():
     model = tiny_model()
     mask = torch.ones_like(IDS)

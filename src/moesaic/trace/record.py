@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.errors import ConfigError, UnsupportedModel
@@ -24,7 +25,7 @@ class LayerTrace:
     Attributes:
         layer: index of the decoder layer.
         num_experts: N.
-        top_k: K.
+        top_k: K; of routers whose tokens have different numbers of picks, the most that a token had.
         domain_loads: picks of each expert by domain, int64 (N,) each; the key is "" outside `RoutingTrace.domain`.
     """
 
@@ -47,7 +48,7 @@ class LayerTrace:
         Raises:
             ConfigError: if only counts were kept.
         """
-        return _concatenate(self._indices).long()
+        return _concatenate(_widen(self._indices, self.top_k, self.num_experts)).long()
 
     @property
     def weight_TK(self) -> Tensor:
@@ -56,9 +57,10 @@ class LayerTrace:
         Raises:
             ConfigError: if only counts were kept.
         """
-        return _concatenate(self._weights)
+        return _concatenate(_widen(self._weights, self.top_k, 0))
 
     def _add(self, routing: Routing, mask_T: Tensor | None, domain: str, keep: Keep) -> None:
+        self.top_k = max(self.top_k, routing.top_k)
         load_N = expert_load(routing, mask_T).cpu()
         previous_N = self.domain_loads.get(domain)
         self.domain_loads[domain] = load_N if previous_N is None else previous_N + load_N
@@ -163,6 +165,11 @@ def _to_cpu(values_T: Tensor, mask_T: Tensor | None, dtype: torch.dtype) -> Tens
     """A detached copy of the real tokens' rows."""
     values_T = values_T.detach() if mask_T is None else values_T.detach()[mask_T]
     return values_T.to(device="cpu", dtype=dtype, copy=True)
+
+
+def _widen(chunks: list[Tensor], width: int, fill: int) -> list[Tensor]:
+    """Chunks (t, k) as (t, width)."""
+    return [F.pad(chunk, (0, width - chunk.shape[1]), value=fill) for chunk in chunks]
 
 
 def _concatenate(chunks: list[Tensor]) -> Tensor:
