@@ -228,6 +228,12 @@ ROUTERS: dict[str, Row] = {
             "selection_bias": True,
         }
     ),
+    "base_assignment": Row({"type": "base_assignment"}),
+    "base_assignment_in_sequences": Row({"type": "base_assignment", "scope": "sequence", "linear_bias": True}),
+    "sinkhorn": Row({"type": "sinkhorn"}),
+    "sinkhorn_in_sequences": Row(
+        {"type": "sinkhorn", "top_k": 2, "scope": "sequence", "score_function": "sigmoid", "linear_bias": True}
+    ),
     "soft_slots": Row({"type": "soft_slots"}, balanced="every token gets outputs of all experts"),
     "soft_slots_unnormalised": Row(
         {"type": "soft_slots", "slots_per_expert": 3, "normalize": False},

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from moesaic.layer.routers.attention import AttentionConfig, AttentionRouter
 from moesaic.layer.routers.base import BaseRouterConfig, Router
+from moesaic.layer.routers.base_assignment import BaseAssignmentConfig, BaseAssignmentRouter
 from moesaic.layer.routers.cosine import CosineConfig, CosineRouter
 from moesaic.layer.routers.dense import DenseConfig, DenseRouter
 from moesaic.layer.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
@@ -22,6 +23,7 @@ from moesaic.layer.routers.random import RandomConfig, RandomRouter
 from moesaic.layer.routers.recurrent import RecurrentConfig, RecurrentRouter
 from moesaic.layer.routers.sampled_second import SampledSecondConfig, SampledSecondRouter
 from moesaic.layer.routers.sentence import SentenceConfig, SentenceRouter
+from moesaic.layer.routers.sinkhorn import SinkhornConfig, SinkhornRouter
 from moesaic.layer.routers.soft_slots import SoftSlotsConfig, SoftSlotsRouter
 from moesaic.layer.routers.task import TaskConfig, TaskRouter
 from moesaic.layer.routers.threshold import ThresholdConfig, ThresholdRouter
@@ -36,6 +38,7 @@ def _top_k_unless_named(values: Any) -> Any:
 RouterConfig = Annotated[
     TopKConfig  # keep the next lines in alphabetical order
     | AttentionConfig
+    | BaseAssignmentConfig
     | CosineConfig
     | DenseConfig
     | ExpertChoiceConfig
@@ -50,6 +53,7 @@ RouterConfig = Annotated[
     | RecurrentConfig
     | SampledSecondConfig
     | SentenceConfig
+    | SinkhornConfig
     | SoftSlotsConfig
     | TaskConfig
     | ThresholdConfig,
@@ -60,6 +64,8 @@ RouterConfig = Annotated[
 __all__ = [
     "AttentionConfig",
     "AttentionRouter",
+    "BaseAssignmentConfig",
+    "BaseAssignmentRouter",
     "BaseRouterConfig",
     "CosineConfig",
     "CosineRouter",
@@ -91,6 +97,8 @@ __all__ = [
     "SampledSecondRouter",
     "SentenceConfig",
     "SentenceRouter",
+    "SinkhornConfig",
+    "SinkhornRouter",
     "SoftSlotsConfig",
     "SoftSlotsRouter",
     "TaskConfig",

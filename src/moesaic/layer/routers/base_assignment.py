@@ -1,0 +1,82 @@
+"""BASE layers: in training, tokens are assigned to experts so that all get equally many and the total score is largest."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moesaic.layer.record import Routing, RoutingContext
+from moesaic.layer.routers.balanced_assignment import balanced_assignment
+from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router
+from moesaic.layer.routers.scores import top_k
+from moesaic.layer.routers.sequences import Scope, real_tokens
+
+
+class BaseAssignmentConfig(BaseRouterConfig):
+    """Fields of routing by balanced assignment (BASE, Lewis et al., arXiv 2103.16716, section 3).
+
+    Each token has one expert, and the weight of that is the sigmoid of its score. In training the assignment maximises
+    the total score with the same number of tokens for each expert (eq. 2 and 3); in evaluation each token takes the
+    expert with its largest score.
+
+    Attributes:
+        scope: tokens that are assigned together: those of the "batch", as in the paper, or of each "sequence".
+        linear_bias: give the logits' linear map a learned bias.
+    """
+
+    type: Literal["base_assignment"] = "base_assignment"
+    scope: Scope = "batch"
+    linear_bias: bool = False
+
+    def depends_on(self, training: bool) -> frozenset[Dependence]:
+        if not training:
+            return frozenset()
+        return frozenset({"later_tokens"} if self.scope == "sequence" else {"later_tokens", "other_sequences"})
+
+    def check(self, num_experts: int) -> None:
+        """Any number of experts will do."""
+
+    def build(self, hidden_size: int, num_experts: int) -> BaseAssignmentRouter:
+        self.check(num_experts)
+        return BaseAssignmentRouter(self, hidden_size, num_experts)
+
+
+class BaseAssignmentRouter(Router[BaseAssignmentConfig]):
+    """Linear logits; the expert of a token by `balanced_assignment` in training and by the largest logit otherwise.
+
+    Parameters are `weight` (N, D) and, with `linear_bias`, `bias` (N,).
+    """
+
+    def __init__(self, config: BaseAssignmentConfig, hidden_size: int, num_experts: int) -> None:
+        super().__init__(config, num_experts, 1)
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_experts)) if config.linear_bias else None
+        self.reset_parameters()
+
+    def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
+        precision = self.precision(x_TD)
+        bias = None if self.bias is None else self.bias.to(precision)
+        # Autocast would run this product in bfloat16, where logits of many experts tie.
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TN = F.linear(x_TD.to(precision), self.weight.to(precision), bias)
+        selection_TN = logits_TN.detach()
+        if self.training:
+            mask_GL = real_tokens(x_TD, context, self.config.scope)
+            logits_GLN = selection_TN.view(*mask_GL.shape, self.num_experts)
+            index_T1 = balanced_assignment(logits_GLN, mask_GL).view(-1, 1)
+        else:
+            index_T1 = top_k(selection_TN, 1, stable=True)
+        scores_TN = logits_TN.sigmoid()
+        return Routing(
+            index_TK=index_T1,
+            weight_TK=F.pad(scores_TN, (0, 1)).gather(-1, index_T1),  # padding has no expert
+            logits_TN=logits_TN,
+            scores_TN=scores_TN,
+            selection_TN=selection_TN,
+        )
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, scope={self.config.scope}"
