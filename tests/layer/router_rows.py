@@ -166,6 +166,10 @@ ROUTERS: dict[str, Row] = {
     ),
     "threshold": Row({"type": "threshold"}),
     "threshold_at_most_two": Row({"type": "threshold", "max_experts": 2}),
+    "dselect_k": Row({"type": "dselect_k", "num_selectors": 2, "gamma": 4.0}),
+    "dselect_k_static": Row(
+        {"type": "dselect_k", "num_selectors": 2, "gamma": 1.5, "conditioned_on": "nothing"},
+    ),
     "gshard_second": Row({"type": "sampled_second", "policy": "dispatch"}),
     "deepspeed_second": Row({"type": "sampled_second", "policy": "gumbel"}),
     "prototyped": Row({"type": "prototyped", "num_groups": 4}),

@@ -15,7 +15,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkR
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from moesaic.errors import ConfigError
-from moesaic.layer import Routing, RoutingContext, TopKConfig, TopKRouter
+from moesaic.layer import LoadBalancing, MoEBlock, MoESpec, Routing, RoutingContext, TopKConfig, TopKRouter
 
 
 def route(logits: list[list[float]], *, selection_bias: list[float] | None = None, **fields: Any) -> Routing:
@@ -183,6 +183,30 @@ def test_input_is_normalised_and_scaled_and_weights_scaled_by_expert() -> None:
     assert routing.logits_TN.tolist() == [pytest.approx(logits)]
     assert routing.index_TK.tolist() == [[0, 2]]
     assert routing.weight_TK.tolist() == [pytest.approx([0.5 * scores[0], -2.0 * scores[2]])]
+
+
+def test_switch_takes_one_expert_and_scales_it_by_its_probability() -> None:
+    """Switch Transformers, arXiv 2101.03961, eq. 2 and 4: y = p_i f_i(x); uniform routing costs 1, collapse up to N."""
+    scores = [[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.1, 0.6], [0.2, 0.5, 0.2, 0.1], [0.1, 0.2, 0.6, 0.1]]
+    routing = route(log(scores), top_k=1)
+    assert routing.index_TK.tolist() == [[0], [3], [1], [2]]
+    torch.testing.assert_close(routing.weight_TK.flatten(), torch.tensor([0.4, 0.6, 0.5, 0.6], dtype=torch.float64))
+    loss = LoadBalancing(coefficient=1.0)
+    # Every expert takes a quarter of the tokens, so f = 1 for all and the loss is the sum of the mean scores.
+    assert loss.per_sequence(routing, RoutingContext()).item() == pytest.approx(1.0)
+    # All tokens to expert 0: f = (4, 0, 0, 0), P_0 = 0.4.
+    collapsed = route(log([scores[0]] * 4), top_k=1)
+    assert loss.per_sequence(collapsed, RoutingContext()).item() == pytest.approx(1.6)
+
+
+def test_experts_get_the_input_without_the_jitter_of_their_router() -> None:
+    spec = {"experts": {"num_experts": 4, "intermediate_size": 3}, "router": {"top_k": 4, "input_jitter": 0.5}}
+    torch.manual_seed(0)
+    block, x_TD = MoEBlock(MoESpec.from_dict(spec), 6).double().train(), torch.randn(5, 6, dtype=torch.float64)
+    context = RoutingContext(seed=torch.tensor(3))
+    routing = block.gate(x_TD, context)
+    assert not torch.allclose(routing.logits_TN, x_TD @ block.gate.get_parameter("weight").T)
+    torch.testing.assert_close(block(x_TD, context), block.experts(x_TD, routing.index_TK, routing.weight_TK))
 
 
 def test_input_jitter_multiplies_the_input_in_training_only() -> None:

@@ -11,6 +11,7 @@ from moesaic.layer.routers.base import BaseRouterConfig, Router
 from moesaic.layer.routers.base_assignment import BaseAssignmentConfig, BaseAssignmentRouter
 from moesaic.layer.routers.cosine import CosineConfig, CosineRouter
 from moesaic.layer.routers.dense import DenseConfig, DenseRouter
+from moesaic.layer.routers.dselect_k import DSelectKConfig, DSelectKRouter
 from moesaic.layer.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
 from moesaic.layer.routers.hash import HashConfig, HashRouter
 from moesaic.layer.routers.mlp import MLPConfig, MLPRouter
@@ -41,6 +42,7 @@ RouterConfig = Annotated[
     | BaseAssignmentConfig
     | CosineConfig
     | DenseConfig
+    | DSelectKConfig
     | ExpertChoiceConfig
     | HashConfig
     | MLPConfig
@@ -69,6 +71,8 @@ __all__ = [
     "BaseRouterConfig",
     "CosineConfig",
     "CosineRouter",
+    "DSelectKConfig",
+    "DSelectKRouter",
     "DenseConfig",
     "DenseRouter",
     "ExpertChoiceConfig",
