@@ -147,6 +147,13 @@ ROUTERS: dict[str, Row] = {
     "random": Row({"type": "random", "top_k": 2}),
     "random_sequences": Row({"type": "random", "top_k": 3, "unit": "sequence", "evaluation": "random"}),
     "random_ensemble": Row({"type": "random", "top_k": 2, "evaluation": "all"}),
+    "stable": Row(
+        {"type": "stable", "vocabulary_size": VOCABULARY, "width": 5},
+        unreached={
+            "token_embedding": "learns by the distillation loss",
+            "token_weight": "learns by the distillation loss",
+        },
+    ),
     "noisy_top_k": Row({"type": "noisy_top_k", "top_k": 3}),
     "noisy_fixed": Row({"type": "noisy_top_k", "top_k": 1, "noise": "fixed", "softmax_over": "all"}),
     "cosine": Row({"type": "cosine", "top_k": 2}),

@@ -118,6 +118,27 @@ def test_z_loss_is_that_of_the_bank() -> None:
     torch.testing.assert_close(loss_B, z_T.square().mean(0, keepdim=True))
 
 
+def test_load_balancing_balances_inside_each_bank() -> None:
+    """Trained by the loss alone, from collapsed banks to N * sum of q^2 / n: q of the tokens, n experts of a bank."""
+    router = make_router(top_k=1)
+    x_TD = torch.cat([tokens(), torch.ones(T, 1, dtype=torch.float64)], -1)
+    router.weight = torch.nn.Parameter(torch.cat([0.1 * router.weight, torch.zeros(8, 1)], -1))
+    router.weight.data[[0, 3], -1] = 2.0  # one expert of each bank takes nearly all
+    modality_T = (torch.arange(T) % 4 == 0).long()
+    context, loss = RoutingContext(modality_T=modality_T), LoadBalancing(coefficient=1.0)
+    optimizer = torch.optim.Adam([router.weight], lr=0.02)
+    values = []
+    for _ in range(300):
+        value = loss.per_sequence(router(x_TD, context), context).sum()
+        values.append(value.item())
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    balanced = 8 * (0.75**2 / 3 + 0.25**2 / 5)
+    assert values[0] > 1.3 * balanced
+    assert values[-1] == pytest.approx(balanced, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -9,6 +9,7 @@ from pydantic import Field
 from moesaic.layer.balance.adaptive import AdaptiveCoefficient
 from moesaic.layer.balance.base import BalanceLoss
 from moesaic.layer.balance.coefficients import Coefficients
+from moesaic.layer.balance.distillation import Distillation
 from moesaic.layer.balance.load_balancing import LoadBalancing
 from moesaic.layer.balance.objective import BalanceObjective
 from moesaic.layer.balance.selection_bias import SelectionBiasUpdate
@@ -16,7 +17,7 @@ from moesaic.layer.balance.statistics import expert_load, max_violation, routing
 from moesaic.layer.balance.z_loss import ZLoss
 
 # The registry: a union discriminated by `type`.
-BalanceConfig = Annotated[LoadBalancing | ZLoss, Field(discriminator="type")]
+BalanceConfig = Annotated[Distillation | LoadBalancing | ZLoss, Field(discriminator="type")]
 
 __all__ = [
     "AdaptiveCoefficient",
@@ -24,6 +25,7 @@ __all__ = [
     "BalanceLoss",
     "BalanceObjective",
     "Coefficients",
+    "Distillation",
     "LoadBalancing",
     "SelectionBiasUpdate",
     "ZLoss",

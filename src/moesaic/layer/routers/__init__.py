@@ -26,6 +26,7 @@ from moesaic.layer.routers.sampled_second import SampledSecondConfig, SampledSec
 from moesaic.layer.routers.sentence import SentenceConfig, SentenceRouter
 from moesaic.layer.routers.sinkhorn import SinkhornConfig, SinkhornRouter
 from moesaic.layer.routers.soft_slots import SoftSlotsConfig, SoftSlotsRouter
+from moesaic.layer.routers.stable import StableConfig, StableRouter
 from moesaic.layer.routers.task import TaskConfig, TaskRouter
 from moesaic.layer.routers.threshold import ThresholdConfig, ThresholdRouter
 from moesaic.layer.routers.top_k import TopKConfig, TopKRouter
@@ -57,6 +58,7 @@ RouterConfig = Annotated[
     | SentenceConfig
     | SinkhornConfig
     | SoftSlotsConfig
+    | StableConfig
     | TaskConfig
     | ThresholdConfig,
     Field(discriminator="type"),
@@ -105,6 +107,8 @@ __all__ = [
     "SinkhornRouter",
     "SoftSlotsConfig",
     "SoftSlotsRouter",
+    "StableConfig",
+    "StableRouter",
     "TaskConfig",
     "TaskRouter",
     "ThresholdConfig",
