@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from moesaic.hf.router_presets import ROUTER_PRESETS, Picks, RouterPreset
-from moesaic.layer import Routing
+from moesaic.layer import Routing, RoutingContext
 
-T, D, N, K = 60, 32, 16, 4
+T, D, N, K, VOCABULARY = 60, 32, 16, 4, 50
 
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), N),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_experts"), K),
     "hidden_size": D,
+    "vocab_size": VOCABULARY,
     "n_group": 4,
     "topk_group": 2,
     "num_attention_heads": 4,
@@ -54,7 +55,10 @@ MORE: dict[str, list[dict[str, Any]]] = {
     "DbrxRouter": [{"moe_normalize_expert_weights": order} for order in (None, 2.0, 3.0)],
     "AXK2TopkRouter": [{"n_group": None, "topk_group": None}],
 }
-NEEDED: dict[str, dict[str, Any]] = {"Qwen3OmniMoeTalkerTextTopKRouter": {"shared_expert_intermediate_size": 8}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "Ernie4_5_VLMoeMoeTopKRouter": {"moe_intermediate_size": [8, 8]},
+    "Qwen3OmniMoeTalkerTextTopKRouter": {"shared_expert_intermediate_size": 8},
+}
 
 
 class Case(NamedTuple):
@@ -86,11 +90,10 @@ def read_config(preset: RouterPreset, **fields: Any) -> PreTrainedConfig:
     config = config_class(preset)()
     parts = [config, config.ffn_config] if preset.model_type == "dbrx" else [config]
     for part in parts:
-        for name, value in {**SIZES, **fields}.items():
-            if _has(part, name) or name in fields:
+        needed = {**NEEDED.get(preset.router, {}), **fields}
+        for name, value in {**SIZES, **needed}.items():
+            if _has(part, name) or name in needed:
                 setattr(part, name, value)
-    for name, value in NEEDED.get(preset.router, {}).items():
-        setattr(config, name, value)
     return config
 
 
@@ -123,12 +126,20 @@ def read_block(preset: RouterPreset, config: PreTrainedConfig) -> nn.Module:
         for tensor in (*block.parameters(), *block.buffers()):
             if tensor.is_floating_point():
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
+            elif tensor.shape == (VOCABULARY, K):  # experts of each token id
+                tensor.copy_(torch.rand(VOCABULARY, N, generator=generator).argsort(-1)[:, :K])
     return block
 
 
 def tokens(seed: int = 1) -> Tensor:
     """Random hidden states."""
     return torch.randn(T, D, generator=torch.Generator().manual_seed(seed))
+
+
+def context() -> RoutingContext:
+    """Their ids and modalities."""
+    ids_T = torch.randint(VOCABULARY, (T,), generator=torch.Generator().manual_seed(3))
+    return RoutingContext(token_ids_T=ids_T, modality_T=ids_T % 2)
 
 
 def dense_picks(picks: Picks, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -9,20 +9,31 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tests.parity.stock_routers import Case, K, N, T, cases, dense_picks, dense_routing, read_block, read_config, tokens
+from tests.parity.stock_routers import (
+    Case,
+    K,
+    N,
+    T,
+    cases,
+    context,
+    dense_picks,
+    dense_routing,
+    read_block,
+    read_config,
+    tokens,
+)
 from torch import Tensor, nn
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from moesaic.errors import UnsupportedModel
 from moesaic.hf.router_presets import ROUTER_PRESETS, UNSUPPORTED_ROUTERS, router_preset, rule_of
-from moesaic.layer import Router, Routing
+from moesaic.layer import ModalityConfig, Router, Routing
 
 MODELS = Path(transformers.__file__).parent / "models"
 # Classes called routers that pick no experts for tokens, or that no model of theirs builds.
 NO_ROUTERS = {
     "GraniteDoclingDensityRouter": "picks the resolution of an image",
     "Qwen3OmniMoeTextTopKRouter": "is a leftover: no model builds it",
-    "DeepseekV4HashRouter": "takes experts from a table of token ids",
 }
 
 
@@ -30,7 +41,9 @@ def read_router(case: Case) -> tuple[PreTrainedConfig, nn.Module, Router]:
     preset = ROUTER_PRESETS[case.router]
     config = read_config(preset, **case.fields)
     block = read_block(preset, config)
-    router = rule_of(preset, config).build(config.hidden_size, N).eval()
+    rule = rule_of(preset, config)
+    num_experts = sum(rule.banks) if isinstance(rule, ModalityConfig) else N
+    router = rule.build(config.hidden_size, num_experts).eval()
     router.load_state_dict(preset.weights(block.state_dict()))
     return config, block, router
 
@@ -46,10 +59,10 @@ def test_picks_weights_and_gradients_are_the_stock_routers(case: Case) -> None:
     preset = ROUTER_PRESETS[case.router]
     config, block, router = read_router(case)
     x_TD = tokens()
-    routing = router(x_TD)
+    routing = router(x_TD, context())
     clear_T = decided(routing)
     assert clear_T.sum() > 0.8 * T
-    stock_TN, stock_picked_TN = dense_picks(preset.route(block, x_TD, config), N)
+    stock_TN, stock_picked_TN = dense_picks(preset.route(block, x_TD, config, context()), router.num_experts)
     ours_TN, picked_TN = dense_routing(routing)
     assert torch.equal(picked_TN[clear_T], stock_picked_TN[clear_T])
     torch.testing.assert_close(ours_TN[clear_T], stock_TN[clear_T], rtol=0, atol=1e-6)
@@ -81,6 +94,7 @@ class WeightsOfExperts(nn.Module):
 OTHER_BLOCKS = {
     "AXK1TopkRouter": "norm after the experts",
     "DiffusionGemmaTextRouter": "the block is the decoder layer",
+    "Ernie4_5_VLMoeMoeTopKRouter": "a block for each bank in the block",
     "Gemma4TextRouter": "the block is the decoder layer",
     "JetMoeTopKGating": "experts are two stacks of linear maps",
     "Llama4Router": "weights multiply the experts' input",
@@ -98,9 +112,10 @@ def test_weights_are_those_that_reach_the_blocks_output(name: str) -> None:
             if "shared" in path:
                 parameter.zero_()
         x_TD = tokens()
-        output = block(x_TD.unsqueeze(0))
+        ids = {"input_ids": context().token_ids_T} if name == "DeepseekV4HashRouter" else {}
+        output = block(x_TD.unsqueeze(0), **ids)
         output_TD = (output[0] if isinstance(output, tuple) else output).view(T, -1)
-        routing = router(x_TD)
+        routing = router(x_TD, context())
         ours_TN, _ = dense_routing(routing)
     clear_T = decided(routing)
     torch.testing.assert_close(output_TD[clear_T, : N + 1], ours_TN[clear_T], rtol=0, atol=1e-6)
@@ -190,8 +205,10 @@ def test_layers_of_several_kinds() -> None:
     kinds = config.mlp_layer_types
     rule = router_preset(config, layer=kinds.index("moe")).to_dict()
     assert (rule["score_function"], rule["selection_bias"], rule["scaling_factor"]) == ("sqrt_softplus", True, 1.5)
-    with pytest.raises(UnsupportedModel, match="no router here does what layer 0 does"):
-        router_preset(config, layer=0)
+    hashed = router_preset(config, layer=kinds.index("hash_moe"))
+    assert (hashed.type, hashed.table, hashed.vocabulary_size) == ("hash", "stored", config.vocab_size)
+    with pytest.raises(UnsupportedModel, match="no router here does what layer 99 does"):
+        router_preset(config, layer=99)
 
 
 # --- The page -------------------------------------------------------------------------------------------------------
@@ -205,7 +222,7 @@ def described(name: str) -> str:
     parts = [] if rules[0].type == "top_k" else [f"type: {rules[0].type}"]
     for field, info in kind.model_fields.items():
         values = [rule.to_dict()[field] for rule in rules]
-        others = [value for value in dict.fromkeys(values) if value != info.default]
+        others = [value for index, value in enumerate(values) if value != info.default and value not in values[:index]]
         if field in ("type", "top_k") or not others:
             continue
         written = isinstance(others[0], str) or field == "normalization_epsilon"

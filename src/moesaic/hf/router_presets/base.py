@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from moesaic.errors import UnsupportedModel
+from moesaic.layer import RoutingContext
 
 # Tensors that our router can have.
-PARAMETERS = ("weight", "bias", "scale", "per_expert_scale", "e_score_correction_bias")
+PARAMETERS = ("weight", "bias", "scale", "per_expert_scale", "e_score_correction_bias", "tid2eid")
 
 
 class Picks(NamedTuple):
@@ -24,13 +26,7 @@ class Picks(NamedTuple):
 
 
 Rule = Callable[[PreTrainedConfig], dict[str, Any]]
-Reader = Callable[[nn.Module, Any], Picks]
-
-
-def read_triple(block: nn.Module, output: Any) -> Picks:
-    """Output of most stock routers: logits, weights, indices."""
-    _, weight_TK, index_TK = output
-    return Picks(index_TK, weight_TK)
+Call = Callable[[nn.Module, Tensor, RoutingContext], Picks]
 
 
 @dataclass(frozen=True)
@@ -45,11 +41,12 @@ class RouterPreset:
         router: name of the router class.
         block: name of the block's class.
         rule: that config as fields of our router config.
-        names: our router's tensors (keys) that the block calls otherwise than `<child>.<same name>` (values).
+        names: our router's tensors (keys) that the block calls otherwise than `<child>.<same name>` (values); several
+            names stand for tensors that are joined.
         child: name of the router in the block.
         argument: the selection bias of the block that it hands to the router in each call, if it does.
-        batched: the router takes (B, L, D), not (T, D).
-        read: the router's output as picks; the block does the part of the routing that the router leaves to it.
+        call: how the block calls the router and reads its output, if not as most do: a call with (T, D), and logits,
+            weights and indices as result.
         block_scale: what the block multiplies the sum of its experts' outputs by, from the config.
         layers: indices of the layers with this router, where a config has several kinds; None for all.
         note: what else there is to know, although experts and weights are the same.
@@ -60,11 +57,10 @@ class RouterPreset:
     router: str
     block: str
     rule: Rule
-    names: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     child: str = "gate"
     argument: str | None = None
-    batched: bool = False
-    read: Reader = read_triple
+    call: Call | None = None
     block_scale: Callable[[PreTrainedConfig], float] | None = None
     layers: Callable[[PreTrainedConfig], Iterable[int]] | None = None
     note: str = ""
@@ -89,23 +85,39 @@ class RouterPreset:
         Args:
             tensors: the state dict of the stock block, or its gradients under the same names.
         """
-        found = {ours: tensors[stock] for ours, stock in self._names().items() if stock in tensors}
-        if "e_score_correction_bias" in found:
-            # Some families hold it as (1, N), and a model cast as a whole in lower precision.
-            found["e_score_correction_bias"] = found["e_score_correction_bias"].flatten().float()
+        found = {}
+        for ours, stock in self._names().items():
+            parts = [tensors[name] for name in stock if name in tensors]
+            if parts and ours == "e_score_correction_bias":
+                # Some families hold it as (1, N), and a model cast as a whole in lower precision.
+                parts = [part.flatten().float() for part in parts]
+            if parts:
+                found[ours] = torch.cat(parts)
         return found
 
-    def _names(self) -> dict[str, str]:
-        names = {name: f"{self.child}.{name}" for name in PARAMETERS}
+    def _names(self) -> dict[str, tuple[str, ...]]:
+        names: dict[str, str | tuple[str, ...]] = {name: f"{self.child}.{name}" for name in PARAMETERS}
         if self.argument is not None:
             names["e_score_correction_bias"] = self.argument
-        return names | dict(self.names)
+        return {ours: (stock,) if isinstance(stock, str) else stock for ours, stock in {**names, **self.names}.items()}
 
-    def route(self, block: nn.Module, x_TD: Tensor, config: PreTrainedConfig) -> Picks:
-        """What the stock block decides for T tokens; weights include what the block multiplies its output by."""
-        router = getattr(block, self.child)
-        arguments = [] if self.argument is None else [getattr(block, self.argument, None)]
-        picks = self.read(block, router(x_TD.unsqueeze(0) if self.batched else x_TD, *arguments))
+    def route(
+        self, block: nn.Module, x_TD: Tensor, config: PreTrainedConfig, context: RoutingContext | None = None
+    ) -> Picks:
+        """What the stock block decides for T tokens; weights include what the block multiplies its output by.
+
+        Args:
+            block: an instance of `block_class`.
+            x_TD: hidden states.
+            config: what the block was made of.
+            context: token ids and modalities, for the routers that read them.
+        """
+        if self.call is not None:
+            picks = self.call(block, x_TD, context or RoutingContext())
+        else:
+            arguments = [] if self.argument is None else [getattr(block, self.argument, None)]
+            _, weight_TK, index_TK = getattr(block, self.child)(x_TD, *arguments)
+            picks = Picks(index_TK, weight_TK)
         if self.block_scale is None:
             return picks
         return picks._replace(weight_TK=picks.weight_TK * self.block_scale(config))

@@ -7,9 +7,9 @@ from transformers import PreTrainedConfig
 from moesaic.errors import ConfigError, UnsupportedModel
 from moesaic.hf.router_presets.base import RouterPreset
 from moesaic.hf.router_presets.table import ROUTER_PRESETS, UNSUPPORTED_ROUTERS
-from moesaic.layer import NullExpertsConfig, RouterConfig, TopKConfig
+from moesaic.layer import HashConfig, ModalityConfig, NullExpertsConfig, RouterConfig, TopKConfig
 
-KINDS = {"top_k": TopKConfig, "null_experts": NullExpertsConfig}
+KINDS = {"top_k": TopKConfig, "hash": HashConfig, "modality": ModalityConfig, "null_experts": NullExpertsConfig}
 
 
 def router_preset(config: PreTrainedConfig, layer: int | None = None) -> RouterConfig:

@@ -141,6 +141,18 @@ def ernie4_5_moe(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
+def deepseek_v4_hash(config: PreTrainedConfig) -> dict[str, Any]:
+    """Experts from a table of token ids, with learned weights that sum to the scale."""
+    rule = biased(config, score="scoring_func", epsilon=1e-20, scale="routed_scaling_factor")
+    del rule["selection_bias"]
+    return rule | {"type": "hash", "table": "stored", "weights": "scores", "vocabulary_size": config.vocab_size}
+
+
+def ernie4_5_vl_moe(config: PreTrainedConfig) -> dict[str, Any]:
+    """`ernie4_5_moe` in each of two banks with as many experts: one for text, one for images."""
+    return ernie4_5_moe(config) | {"type": "modality", "banks": (config.moe_num_experts, config.moe_num_experts)}
+
+
 def gemma4(config: PreTrainedConfig) -> dict[str, Any]:
     """Input divided by its root mean square and scaled, softmax, weights times a learned factor of the expert."""
     return {

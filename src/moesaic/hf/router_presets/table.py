@@ -6,42 +6,74 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from moesaic.hf.router_presets import rules
 from moesaic.hf.router_presets.base import Picks, RouterPreset
+from moesaic.layer import RoutingContext
 
 
-def _read_dbrx(block: nn.Module, logits_TN: Tensor) -> Picks:
+def _call_afmoe(block: Any, x_TD: Tensor, context: RoutingContext) -> Picks:
+    """The router takes (B, L, D)."""
+    _, weight_TK, index_TK = block.router(x_TD.unsqueeze(0), block.expert_bias)
+    return Picks(index_TK, weight_TK)
+
+
+def _call_dbrx(block: Any, x_TD: Tensor, context: RoutingContext) -> Picks:
     """The router returns logits; the block selects."""
-    weight_TK, index_TK = block.route_tokens_to_experts(logits_TN)  # type: ignore[operator]
+    weight_TK, index_TK = block.route_tokens_to_experts(block.router(x_TD))
     return Picks(index_TK, weight_TK)
 
 
-def _read_llama4(block: nn.Module, output: tuple[Tensor, Tensor]) -> Picks:
-    """Weights of all experts, zero where not picked."""
-    weight_TN, _ = output
-    weight_TK, index_TK = weight_TN.topk(block.top_k, dim=-1)  # type: ignore[arg-type]
+def _call_llama4(block: Any, x_TD: Tensor, context: RoutingContext) -> Picks:
+    """The router returns weights of all experts, zero where not picked."""
+    weight_TN, _ = block.router(x_TD)
+    weight_TK, index_TK = weight_TN.topk(block.top_k, dim=-1)
     return Picks(index_TK, weight_TK)
 
 
-def _read_jetmoe(block: nn.Module, output: tuple[Any, ...]) -> Picks:
-    """Picks sorted by expert: the token and the weight of each, and how many each expert has."""
-    _, token_S, weight_S, counts, _ = output
-    index_S = torch.repeat_interleave(torch.arange(len(counts), device=token_S.device), torch.tensor(counts))
+def _call_jetmoe(block: Any, x_TD: Tensor, context: RoutingContext) -> Picks:
+    """The router returns picks sorted by expert: the token and the weight of each, and how many each expert has."""
+    _, token_S, weight_S, counts, _ = block.router(x_TD)
+    counts_N = torch.tensor(counts, device=token_S.device)
+    index_S = torch.repeat_interleave(torch.arange(len(counts), device=token_S.device), counts_N)
     order_S = token_S.argsort(stable=True)
-    top_k = block.router.top_k  # type: ignore[union-attr]
-    return Picks(index_S[order_S].view(-1, top_k), weight_S[order_S].view(-1, top_k))  # type: ignore[call-overload]
+    top_k = block.router.top_k
+    return Picks(index_S[order_S].view(-1, top_k), weight_S[order_S].view(-1, top_k))
 
 
-def _deepseek_v4_layers(config: PreTrainedConfig) -> list[int]:
-    return [index for index, kind in enumerate(config.mlp_layer_types) if kind == "moe"]
+def _call_deepseek_v4_hash(block: Any, x_TD: Tensor, context: RoutingContext) -> Picks:
+    """The router looks token ids up."""
+    _, weight_TK, index_TK = block.gate(x_TD, context.token_ids_T)
+    return Picks(index_TK, weight_TK)
+
+
+def _call_ernie4_5_vl(block: Any, x_TD: Tensor, context: RoutingContext) -> Picks:
+    """Each bank has its own block with its own router; experts of the second are numbered after those of the first."""
+    _, text_weight_TK, text_TK = block.text_moe.gate(x_TD)
+    _, vision_weight_TK, vision_TK = block.vision_moe.gate(x_TD)
+    vision_T1 = context.modality_T.bool().unsqueeze(-1)  # type: ignore[union-attr]
+    return Picks(
+        torch.where(vision_T1, vision_TK + block.num_experts, text_TK),
+        torch.where(vision_T1, vision_weight_TK, text_weight_TK),
+    )
+
+
+def _deepseek_v4_layers(kind: str, config: PreTrainedConfig) -> list[int]:
+    return [index for index, found in enumerate(config.mlp_layer_types) if found == kind]
 
 
 _normalized = partial(rules.softmax, normalize="always")
 _gemma4 = {"weight": "router.proj.weight"}
 _ernie = {"e_score_correction_bias": "gate.moe_statics.e_score_correction_bias"}
+_banks = {
+    "weight": ("text_moe.gate.weight", "vision_moe.gate.weight"),
+    "e_score_correction_bias": (
+        "text_moe.gate.moe_statics.e_score_correction_bias",
+        "vision_moe.gate.moe_statics.e_score_correction_bias",
+    ),
+}
 
 _ROWS = [
     # Softmax over all experts.
@@ -108,7 +140,7 @@ _ROWS = [
         rules.dbrx,
         {"weight": "router.layer.weight"},
         child="router",
-        read=_read_dbrx,
+        call=_call_dbrx,
     ),
     # Softmax over the selected logits.
     RouterPreset(
@@ -172,7 +204,7 @@ _ROWS = [
         rules.selected_softmax,
         {"weight": "router.layer.weight"},
         child="router",
-        read=_read_jetmoe,
+        call=_call_jetmoe,
         note="also routes attention, in `JetMoeMoA`",
     ),
     RouterPreset("cohere2_moe", "cohere2_moe", "Cohere2MoeTopKRouter", "Cohere2MoeSparseMoeBlock", rules.cohere2_moe),
@@ -228,7 +260,7 @@ _ROWS = [
         {"weight": "router.gate.weight"},
         child="router",
         argument="expert_bias",
-        batched=True,
+        call=_call_afmoe,
     ),
     RouterPreset(
         "hy_v3",
@@ -253,7 +285,16 @@ _ROWS = [
         "DeepseekV4TopKRouter",
         "DeepseekV4SparseMoeBlock",
         partial(rules.biased, score="scoring_func", epsilon=1e-20, scale="routed_scaling_factor"),
-        layers=_deepseek_v4_layers,
+        layers=partial(_deepseek_v4_layers, "moe"),
+    ),
+    RouterPreset(
+        "deepseek_v4",
+        "deepseek_v4",
+        "DeepseekV4HashRouter",
+        "DeepseekV4SparseMoeBlock",
+        rules.deepseek_v4_hash,
+        call=_call_deepseek_v4_hash,
+        layers=partial(_deepseek_v4_layers, "hash_moe"),
     ),
     RouterPreset(
         "inkling2_text",
@@ -317,6 +358,16 @@ _ROWS = [
         child="router",
         note="a bias that `router_bias` asks for is made but never added",
     ),
+    RouterPreset(
+        "ernie4_5_vl_moe_text",
+        "ernie4_5_vl_moe",
+        "Ernie4_5_VLMoeMoeTopKRouter",
+        "Ernie4_5_VLMoeMoeBlock",
+        rules.ernie4_5_vl_moe,
+        _banks,
+        call=_call_ernie4_5_vl,
+        note="experts of the two banks differ in width",
+    ),
     # Sigmoids without a bias.
     RouterPreset("flint", "flint", "FlintTopKRouter", "FlintSparseMoeBlock", rules.sigmoid),
     RouterPreset(
@@ -326,7 +377,7 @@ _ROWS = [
         "Llama4TextMoe",
         rules.llama4,
         child="router",
-        read=_read_llama4,
+        call=_call_llama4,
         note="the block multiplies the experts' input by the weight, not their output",
     ),
 ]
@@ -336,7 +387,6 @@ ROUTER_PRESETS: dict[str, RouterPreset] = {preset.router: preset for preset in _
 
 UNSUPPORTED_ROUTERS: dict[str, str] = {
     "doge": "experts are found by product keys: two short lists of keys whose sums score all pairs",
-    "ernie4_5_vl_moe": "two banks of experts, each with its router; the type of a token, text or vision, decides which",
     "inkling": "shared experts compete with routed ones inside the normalised weights",
     "nllb_moe": "top-2 with a capacity that depends on the batch, and a second expert that may be sampled",
     "phimoe": "sparsemixer: one expert after the other, with logits masked by their distance to the largest",
