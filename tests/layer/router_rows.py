@@ -176,6 +176,7 @@ ROUTERS: dict[str, Row] = {
     "dselect_k": Row({"type": "dselect_k", "num_selectors": 2, "gamma": 4.0}),
     "dselect_k_static": Row(
         {"type": "dselect_k", "num_selectors": 2, "gamma": 1.5, "conditioned_on": "nothing"},
+        balanced="all tokens run the same experts, whose scores sum to 1",
     ),
     "gshard_second": Row({"type": "sampled_second", "policy": "dispatch"}),
     "deepspeed_second": Row({"type": "sampled_second", "policy": "gumbel"}),
