@@ -10,7 +10,7 @@ from moesaic.catalog import preset
 from moesaic.hf import MoeCausalLMOutput, MoesaicConfig, MoesaicForCausalLM, MoesaicModel, build, convert, export
 from moesaic.layer import MoESpec
 from moesaic.trace import record
-from moesaic.transform import upcycle
+from moesaic.transform import add_null_experts, upcycle
 
 __version__ = "0.1.0"
 
@@ -20,6 +20,7 @@ __all__ = [
     "MoesaicConfig",
     "MoesaicForCausalLM",
     "MoesaicModel",
+    "add_null_experts",
     "build",
     "convert",
     "export",

@@ -43,6 +43,24 @@ def transplant(source: PreTrainedModel, spec: MoESpec, block_tensors: BlockTenso
     return model
 
 
+def respecify(model: MoesaicForCausalLM, spec: MoESpec, block_tensors: BlockTensors) -> MoesaicForCausalLM:
+    """A copy of our model with other MoE blocks in the same layers.
+
+    Args:
+        model: left as it is; tensors are copied.
+        spec: of the new blocks, with the placement of the old one.
+        block_tensors: maps a block of `model` to the state dict of the new block.
+    """
+    config = copy.deepcopy(model.config)
+    config.moe = spec.to_dict()
+    with torch.device("meta"):
+        target = MoesaicForCausalLM(config)
+    paths = _block_paths(model, model.config.get_text_config())
+    blocks = dict(zip(paths, paths, strict=True))
+    _move(model, model.model.backbone, target, target.model.backbone, blocks, block_tensors)
+    return target
+
+
 def transplant_back(
     model: MoesaicForCausalLM, config: PreTrainedConfig, block_tensors: BlockTensors
 ) -> PreTrainedModel:
