@@ -246,6 +246,26 @@ ROUTERS: dict[str, Row] = {
     "sinkhorn_in_sequences": Row(
         {"type": "sinkhorn", "top_k": 2, "scope": "sequence", "score_function": "sigmoid", "linear_bias": True}
     ),
+    "merged": Row({"type": "merged"}, balanced="every sequence merges all experts"),
+    "merged_plain": Row(
+        {"type": "merged", "expert_dropout": 0.0, "normalize_input": False, "normalize_weight": False},
+        balanced="every sequence merges all experts",
+    ),
+    "merged_top_k": Row({"type": "merged_top_k", "top_k": 3}),
+    "merged_top_k_normalised": Row(
+        {
+            "type": "merged_top_k",
+            "top_k": 2,
+            "score_function": "sigmoid",
+            "normalize_top_k": True,
+            "linear_bias": True,
+        }
+    ),
+    "segment_merged": Row({"type": "segment_merged", "segment_length": 2}, balanced="every segment merges all experts"),
+    "segment_merged_causal": Row(
+        {"type": "segment_merged", "segment_length": 2, "first_segment": "equal"},
+        balanced="every segment merges all experts",
+    ),
     "soft_slots": Row({"type": "soft_slots"}, balanced="every token gets outputs of all experts"),
     "soft_slots_unnormalised": Row(
         {"type": "soft_slots", "slots_per_expert": 3, "normalize": False},

@@ -14,6 +14,8 @@ from moesaic.layer.routers.dense import DenseConfig, DenseRouter
 from moesaic.layer.routers.dselect_k import DSelectKConfig, DSelectKRouter
 from moesaic.layer.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
 from moesaic.layer.routers.hash import HashConfig, HashRouter
+from moesaic.layer.routers.merged import MergedConfig, MergedRouter
+from moesaic.layer.routers.merged_top_k import MergedTopKConfig, MergedTopKRouter
 from moesaic.layer.routers.mlp import MLPConfig, MLPRouter
 from moesaic.layer.routers.modality import ModalityConfig, ModalityRouter
 from moesaic.layer.routers.noisy_top_k import NoisyTopKConfig, NoisyTopKRouter
@@ -23,6 +25,7 @@ from moesaic.layer.routers.prototyped import PrototypedConfig, PrototypedRouter
 from moesaic.layer.routers.random import RandomConfig, RandomRouter
 from moesaic.layer.routers.recurrent import RecurrentConfig, RecurrentRouter
 from moesaic.layer.routers.sampled_second import SampledSecondConfig, SampledSecondRouter
+from moesaic.layer.routers.segment_merged import SegmentMergedConfig, SegmentMergedRouter
 from moesaic.layer.routers.sentence import SentenceConfig, SentenceRouter
 from moesaic.layer.routers.sinkhorn import SinkhornConfig, SinkhornRouter
 from moesaic.layer.routers.soft_slots import SoftSlotsConfig, SoftSlotsRouter
@@ -47,6 +50,8 @@ RouterConfig = Annotated[
     | ExpertChoiceConfig
     | HashConfig
     | MLPConfig
+    | MergedConfig
+    | MergedTopKConfig
     | ModalityConfig
     | NoisyTopKConfig
     | NormalisedConfig
@@ -55,6 +60,7 @@ RouterConfig = Annotated[
     | RandomConfig
     | RecurrentConfig
     | SampledSecondConfig
+    | SegmentMergedConfig
     | SentenceConfig
     | SinkhornConfig
     | SoftSlotsConfig
@@ -83,6 +89,10 @@ __all__ = [
     "HashRouter",
     "MLPConfig",
     "MLPRouter",
+    "MergedConfig",
+    "MergedRouter",
+    "MergedTopKConfig",
+    "MergedTopKRouter",
     "ModalityConfig",
     "ModalityRouter",
     "NoisyTopKConfig",
@@ -101,6 +111,8 @@ __all__ = [
     "RouterConfig",
     "SampledSecondConfig",
     "SampledSecondRouter",
+    "SegmentMergedConfig",
+    "SegmentMergedRouter",
     "SentenceConfig",
     "SentenceRouter",
     "SinkhornConfig",
