@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from moesaic.errors import ConfigError
 from moesaic.hf import build, read_backbone
 from moesaic.papers import EXPERIMENTS, Experiment, arms_of, experiment_named, size_names
+from moesaic.papers.gates import PEEKING
 from moesaic.trace import Accounting, account
 from moesaic.train import RunConfig
 
@@ -64,7 +65,7 @@ def test_deepseekmoe_arms_are_of_equal_size():
     for size in ("cpu", "gpu"):
         found = accounts("deepseekmoe", size)
         total, active = expert_parameters(found["gshard"])
-        for arm in ("shared", "halves", "fine", "fine_weak", "fine_free"):
+        for arm in ("shared", "halves", "fine", "fine_weak", "fine_bias", "fine_free"):
             assert expert_parameters(found[arm]) == (total, active)
         assert expert_parameters(found["dense"])[1] == active
 
@@ -78,6 +79,32 @@ def test_deepseekmoe_on_a_gpu_has_the_parameters_of_the_plan():
     assert found["fine"].parts["routed experts"].total + found["fine"].parts["shared experts"].total == pytest.approx(
         0.302e9, rel=2e-3
     )
+
+
+def test_rmoe_routers_have_the_parameters_of_the_paper():
+    found = {arm: accounting.parts["router"].total for arm, accounting in accounts("rmoe", "gpu").items()}
+    assert found["smoe"] == 45_184
+    assert found["rmoe"] == found["no_passing"] == found["detached"] == 477_056
+    assert found["learned_start"] == 477_056 + 128
+    small = {arm: accounting.parts["router"].total for arm, accounting in accounts("rmoe", "cpu").items()}
+    for sizes in (found, small):
+        assert sizes["mlp"] == pytest.approx(sizes["rmoe"], rel=0.02)
+
+
+@pytest.mark.parametrize("size", ["cpu", "gpu"])
+def test_only_the_gates_that_are_said_to_peek_see_later_tokens(size: str):
+    for name, arm in arms_of(EXPERIMENTS["gates"], size).items():
+        moe = arm.run(0).moe
+        assert moe is not None
+        assert ("later_tokens" in moe.router.depends_on(training=False)) == (name in PEEKING)
+
+
+@pytest.mark.parametrize("size", ["cpu", "gpu"])
+def test_gates_process_as_many_rows(size: str):
+    run = arms_of(EXPERIMENTS["gates"], size)["soft_slots"].run(0)
+    assert run.moe is not None
+    slots = run.moe.router.to_dict()["slots_per_expert"] * run.moe.experts.num_experts
+    assert slots == 2 * run.data.sequence_length
 
 
 def test_overrides_reach_every_arm_or_one():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 
 from moesaic.errors import ConfigError
-from moesaic.papers import deepseekmoe
+from moesaic.papers import deepseekmoe, gates, rmoe
 from moesaic.papers.experiment import Experiment
 
-EXPERIMENTS: dict[str, Experiment] = {module.EXPERIMENT.name: module.EXPERIMENT for module in (deepseekmoe,)}
+EXPERIMENTS: dict[str, Experiment] = {
+    module.EXPERIMENT.name: module.EXPERIMENT for module in (deepseekmoe, gates, rmoe)
+}
 
 
 def experiment_named(name: str) -> Experiment:

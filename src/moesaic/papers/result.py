@@ -30,7 +30,7 @@ class ArmResult:
         arm: its name.
         seed: its seed.
         run: the resolved run, as a dict.
-        measurements: `loss` over all domains, `loss.DOMAIN`, and what the experiment measures.
+        measurements: `loss` over all domains, `loss.DOMAIN`, `tokens_per_second` of training, and what the experiment measures.
         curve: (tokens, validation loss) of each evaluation.
         tokens: trained on.
         seconds: of training steps, without evaluation, checkpoints and measurements.
@@ -174,14 +174,21 @@ def _measure(task: Task, run: RunConfig, data: PreparedData, result: TrainResult
     lines = read_metrics(result.metrics_file)
     steps = [line for line in lines if line["type"] == "train"]
     tokens_of_step = result.tokens / run.train.steps
+    seconds = sum(tokens_of_step / line["tokens_per_second"] for line in steps)
+    measurements = {
+        "loss": overall(result.validation).loss,
+        **losses,
+        "tokens_per_second": result.tokens / seconds,
+        **task.experiment.measure(trained),
+    }
     return ArmResult(
         arm=task.arm.name,
         seed=task.seed,
         run=run.to_dict(),
-        measurements={"loss": overall(result.validation).loss, **losses, **task.experiment.measure(trained)},
+        measurements=measurements,
         curve=[(round(line["step"] * tokens_of_step), line["loss"]) for line in lines if line["type"] == "evaluation"],
         tokens=result.tokens,
-        seconds=sum(tokens_of_step / line["tokens_per_second"] for line in steps),
+        seconds=seconds,
         parameters=counted.total,
         active_parameters=counted.active,
     )
