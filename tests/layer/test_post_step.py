@@ -188,7 +188,7 @@ def adaptive_block(**adaptive: Any) -> MoEBlock:
 
 
 def test_coefficient_follows_the_drop_rate() -> None:
-    """Skywork-MoE (arXiv 2406.06563, section 4.2): a <- .99 a + .01 min(.2 d, .01)."""
+    """Skywork-MoE (arXiv 2406.06563): a <- .99 a + .01 min(.2 d, .01)."""
     config = AdaptiveCoefficient()
     for dropped, target in ((0, 0.0), (2, 0.2 * 2 / 102), (50, 0.01)):
         following = config.next(torch.tensor(0.004), load_of([100, 0], dropped))

@@ -107,7 +107,7 @@ class MoESpec(Config):
             )
         names = [loss.name for loss in self.balance]
         if len(names) != len(set(names)):
-            raise ConfigError("balance", names, "names a loss twice", "keep one entry for each type")
+            raise ConfigError("balance", names, "names a loss twice", "keep one of them, or give each its own `label`")
         if self.layers.top_k is not None and "top_k" not in type(self.router).model_fields:
             raise ConfigError("layers.top_k", self.layers.top_k, f"means nothing to {self.router.type}", "remove it")
         for position in range(max(map(len, filter(None, (self.layers.num_experts, self.layers.top_k))), default=0)):

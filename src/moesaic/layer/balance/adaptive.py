@@ -14,7 +14,7 @@ class AdaptiveCoefficient(Config):
     """After each optimiser step, a <- decay * a + (1 - decay) * min(rate * d, maximum), for each layer on its own.
 
     d is the layer's drop rate in the step: layers that drop tokens get a stronger loss, others a weaker one. The loss's
-    `coefficient` is the first a. Source: Skywork-MoE (arXiv 2406.06563, section 4.2), whose values are the defaults.
+    `coefficient` is the first a. Source: Skywork-MoE (arXiv 2406.06563), whose values are the defaults.
 
     Attributes:
         rate: a for a drop rate of 1, were there no maximum.

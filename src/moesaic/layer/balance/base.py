@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from moesaic.configuration import Config
@@ -28,10 +28,12 @@ class BalanceLoss(Config):
         coefficient: weight of this loss, summed over layers, in the training loss; a number, or a `Schedule` over the
             training (AdaMoE, arXiv 2406.13233, section 3.4, has 0.02, then a step to 0.0001).
         adaptive: let each layer's coefficient follow its drop rate, from `coefficient` on.
+        label: name under which the loss is reported; None for its type. Two losses of one type need different names.
     """
 
     coefficient: Scheduled
     adaptive: AdaptiveCoefficient | None = None
+    label: str | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
     def _one_rule(self) -> BalanceLoss:
@@ -42,7 +44,7 @@ class BalanceLoss(Config):
     @property
     def name(self) -> str:
         """Key under which the loss is reported."""
-        return self.type  # type: ignore[attr-defined]
+        return self.label or self.type  # type: ignore[attr-defined]
 
     def check(self, spec: MoESpec) -> None:
         """Check against the layers whose records it will read.

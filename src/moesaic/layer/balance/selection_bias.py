@@ -23,7 +23,7 @@ class SelectionBiasUpdate(Config):
     Attributes:
         rate: how far b moves; a `Schedule` to 0 freezes it towards the end of the training.
         rule: "sign" moves every b by the same amount; "proportional" by rate * (mean load - load) / mean load. The
-            variant of arXiv 2408.15664, section 4.3, multiplies by the difference of the counts themselves, which
+            variant in the ablations of arXiv 2408.15664 multiplies by the difference of the counts themselves, which
             depends on the size of the batch.
         center: take the mean off each update, so that b does not drift as a whole. It changes no selection, except
             where `group_mask_value` is zero. The papers don't.

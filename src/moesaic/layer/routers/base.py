@@ -58,8 +58,13 @@ class BaseRouterConfig(Config, ABC):
 
     @property
     def provides(self) -> frozenset[str]:
-        """Names of its `Routing.auxiliary` losses."""
+        """Names of its `Routing.auxiliary` losses, which the balance loss `router` adds to the training loss."""
         return frozenset()
+
+    @property
+    def has_smooth_load(self) -> bool:
+        """Whether the record has `load_TN`, which the loss `load` balances."""
+        return False
 
     @property
     def has_selection_bias(self) -> bool:

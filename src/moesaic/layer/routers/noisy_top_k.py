@@ -60,6 +60,10 @@ class NoisyTopKConfig(BaseRouterConfig):
     def depends_on(self, training: bool) -> frozenset[Dependence]:
         return frozenset({"random_numbers"} if training else ())
 
+    @property
+    def has_smooth_load(self) -> bool:
+        return True
+
     def check(self, num_experts: int) -> None:
         check_top_k(self.top_k, num_experts)
 
