@@ -134,6 +134,31 @@ def test_accumulation_changes_nothing(network: MoesaicForCausalLM, parts: list[s
     assert_same_gradients(actual, expected, **CLOSE)
 
 
+def test_accumulation_changes_no_other_loss_either() -> None:
+    kinds = [
+        {"type": "load_balancing", "counts": "first"},
+        {"type": "soft_load_balancing"},
+        {"type": "importance"},
+        {"type": "load"},
+        {"type": "device_balance", "num_devices": 2},
+        {"type": "communication_balance", "num_devices": 2, "devices_per_token": 1},
+        {"type": "mutual_information"},
+        {"type": "local_entropy"},
+        {"type": "global_entropy", "min_experts": 4},
+        {"type": "stable_balance"},
+    ]
+    balance = [{**kind, "coefficient": 0.3} for kind in kinds]
+    # Noise comes from the seed of each forward pass, so there must be none for passes to be the same.
+    model = tiny_model("llama", router={"type": "noisy_top_k", "top_k": 2, "noise": "fixed"}, balance=balance)
+    for block in model.moe_blocks().values():
+        block.gate.eval()
+    model.training = True
+    loss, expected = step(model, [slice(0, 4)])
+    accumulated, actual = step(model, [slice(0, 1), slice(1, 4)])
+    assert accumulated == pytest.approx(loss, rel=1e-5)
+    assert_same_gradients(actual, expected, **CLOSE)
+
+
 def test_the_number_of_ranks_changes_nothing(network: MoesaicForCausalLM) -> None:
     """Data parallelism averages gradients; trainers multiply the loss by the number of ranks to make that a sum."""
     _, expected = step(network, [slice(0, 4)])

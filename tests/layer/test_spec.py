@@ -109,7 +109,7 @@ def test_placement_that_does_not_fit_the_model_is_refused(rule: dict[str, Any], 
         (
             "balance",
             [{"type": "z_loss", "coefficient": 1}, {"type": "z_loss", "coefficient": 2}],
-            r"moe\.balance = \['z_loss', 'z_loss'\] names a loss twice; keep one entry for each type",
+            r"moe\.balance = \['z_loss', 'z_loss'\] names a loss twice; keep one of them, or give each",
         ),
         ("shared_experts.width", 3, r"moe\.shared_experts\.width = 3 is not a known key; known here: "),
         (

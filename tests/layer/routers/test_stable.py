@@ -11,10 +11,10 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.layer import (
-    Distillation,
     LayerLoad,
     LoadBalancing,
     MoESpec,
+    RouterLoss,
     Routing,
     RoutingContext,
     StableConfig,
@@ -74,7 +74,7 @@ def test_distillation_makes_the_table_agree_with_the_learned_routing() -> None:
     torch.manual_seed(0)
     router = make_router()
     x_TD = torch.randn(V, D, dtype=torch.float64)[IDS_T]
-    context, loss = RoutingContext(token_ids_T=IDS_T), Distillation(coefficient=1.0)
+    context, loss = RoutingContext(token_ids_T=IDS_T), RouterLoss(coefficient=1.0, loss="distillation")
     optimizer = torch.optim.Adam(router.parameters(), lr=0.1)
     before = loss.per_sequence(router(x_TD, context), context).item()
     for _ in range(60):
@@ -128,9 +128,11 @@ def test_loss_is_a_mean_over_real_tokens() -> None:
     routing = route(make_router(), tokens())
     loss_T = routing.auxiliary["distillation"]
     mask_T = torch.arange(T) % 15 < torch.tensor([4, 0]).repeat_interleave(15)
-    loss_B = Distillation(coefficient=1.0).per_sequence(routing, RoutingContext(batch_size=2, mask_T=mask_T))
+    loss_B = RouterLoss(coefficient=1.0, loss="distillation").per_sequence(
+        routing, RoutingContext(batch_size=2, mask_T=mask_T)
+    )
     torch.testing.assert_close(loss_B, torch.stack([loss_T[:4].mean(), torch.zeros((), dtype=torch.float64)]))
-    plain_B = Distillation(coefficient=1.0).per_sequence(routing, RoutingContext(batch_size=2))
+    plain_B = RouterLoss(coefficient=1.0, loss="distillation").per_sequence(routing, RoutingContext(batch_size=2))
     torch.testing.assert_close(plain_B, loss_T.view(2, 15).mean(-1))
 
 
@@ -144,14 +146,14 @@ def spec_of(router: dict[str, Any]) -> MoESpec:
         {
             "experts": {"num_experts": N, "intermediate_size": 4},
             "router": router,
-            "balance": [{"type": "distillation", "coefficient": 1.0}],
+            "balance": [{"type": "router", "loss": "distillation", "coefficient": 1.0}],
         }
     )
 
 
 def test_loss_goes_with_routers_that_distil() -> None:
     assert spec_of({"type": "stable", "vocabulary_size": V}).balance[0].name == "distillation"
-    with pytest.raises(ConfigError, match=r"balance\.0\.type = 'distillation' needs a router that distils"):
+    with pytest.raises(ConfigError, match=r"balance\.0\.loss = 'distillation' is no loss of router top_k"):
         spec_of({"type": "top_k", "top_k": 1})
 
 

@@ -10,7 +10,6 @@ from moesaic.layer.balance.adaptive import AdaptiveCoefficient
 from moesaic.layer.balance.base import BalanceLoss
 from moesaic.layer.balance.coefficients import Coefficients
 from moesaic.layer.balance.device_balance import CommunicationBalance, DeviceBalance
-from moesaic.layer.balance.distillation import Distillation
 from moesaic.layer.balance.entropy import GlobalEntropy, LocalEntropy
 from moesaic.layer.balance.importance import Importance
 from moesaic.layer.balance.load_balancing import LoadBalancing
@@ -37,7 +36,6 @@ BalanceConfig = Annotated[
     | GlobalEntropy
     | StableBalance
     | RouterLoss
-    | Distillation
     | ZLoss,
     Field(discriminator="type"),
 ]
@@ -50,7 +48,6 @@ __all__ = [
     "Coefficients",
     "CommunicationBalance",
     "DeviceBalance",
-    "Distillation",
     "GlobalEntropy",
     "Importance",
     "LoadBalancing",
