@@ -32,7 +32,7 @@ LOGITS = torch.tensor(
     [[2, 1, 0.1], [1.9, 0.2, 0.3], [0.5, 1.5, 0.4], [2.2, 0.1, 0.7], [0.3, 0.2, 1.1], [1.2, 0.6, 0]],
     dtype=torch.float64,
 )
-# One layer of eight tokens, four experts and two choices each, best first (OpenMoE, arXiv 2402.01739, section 3.3.2).
+# One layer of eight tokens, four experts and two choices each, best first (OpenMoE, arXiv 2402.01739).
 RANKED = torch.tensor([[0, 1], [2, 3], [0, 1], [1, 2], [2, 0], [0, 3], [1, 0], [1, 0]])
 POLICIES = ["position", "probability", "batch_priority", "random"]
 SCOPES, ORDERS = ["sequence", "batch"], ["token_first", "rank_first"]
@@ -195,7 +195,7 @@ def test_top_k_by_probability_and_by_position() -> None:
     ],
 )
 def test_choice_order_moves_drops_and_not_their_number(order: Any, capacity: int, expected: list[float]) -> None:
-    """OpenMoE's drop towards the end, by position."""
+    """OpenMoE's drop towards the end, by position (figure 12)."""
     limited = limit(from_picks(RANKED, 4), config_of(factor=capacity / 4, choice_order=order))
     assert limited.dropped_TK is not None
     assert limited.dropped_TK.double().mean(-1).tolist() == expected

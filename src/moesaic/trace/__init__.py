@@ -8,10 +8,14 @@ from moesaic.trace.metrics import (
     TokenShare,
     coactivation,
     coactivation_counts,
+    drop_rate,
+    drop_rate_by_position,
     load_shares,
+    null_share,
     relative_load,
     top_tokens,
 )
+from moesaic.trace.positions import PositionCounts
 from moesaic.trace.record import LayerTrace, RoutingTrace, record
 from moesaic.trace.report import write_report
 from moesaic.trace.specialisation import (
@@ -28,6 +32,7 @@ __all__ = [
     "Count",
     "LayerPlan",
     "LayerTrace",
+    "PositionCounts",
     "RoutingTrace",
     "TokenShare",
     "account",
@@ -35,10 +40,13 @@ __all__ = [
     "coactivation_counts",
     "cross_layer_information",
     "domain_information",
+    "drop_rate",
+    "drop_rate_by_position",
     "expert_similarity",
     "gate_entropy",
     "inner_balance",
     "load_shares",
+    "null_share",
     "outer_balance",
     "record",
     "relative_load",

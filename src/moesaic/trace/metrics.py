@@ -40,6 +40,40 @@ def relative_load(load_N: Tensor) -> Tensor:
     return load_shares(load_N) * load_N.numel()
 
 
+def null_share(chosen_M: Tensor, num_experts: int) -> float:
+    """Share of the selections that went to null experts, the columns from `num_experts` on; 0 without a selection.
+
+    Balanced picks of N experts and m nulls give m / (N + m).
+    """
+    return float(chosen_M[num_experts:].sum() / chosen_M.sum().clamp(min=1))
+
+
+def drop_rate(chosen_M: Tensor, num_experts: int, dropped: int) -> float:
+    """Share of the picks of experts that a capacity dropped; picks of null experts can't be. 0 without a pick."""
+    return dropped / max(int(chosen_M[:num_experts].sum()), 1)
+
+
+def drop_rate_by_position(picks_P: Tensor, dropped_P: Tensor, *, parts: int | None = None) -> Tensor:
+    """Share of the picks at each position that were dropped, float64; NaN where nothing was picked.
+
+    Drop towards the end in OpenMoE (arXiv 2402.01739, figure 12): position p counts the sequences that
+    are longer than p, so the last entries rest on few.
+
+    Args:
+        picks_P: picks by bucket of positions, as in `PositionCounts`.
+        dropped_P: dropped picks by bucket.
+        parts: sum up this many equal stretches of the positions instead, 4 for quarters. The length P need not be a
+            multiple; with fewer buckets than parts some stay empty.
+    """
+    if parts is not None:
+        part_P = torch.arange(len(picks_P)) * parts // max(len(picks_P), 1)
+        picks_P, dropped_P = (
+            torch.zeros(parts, dtype=torch.int64).index_add(0, part_P, counts_P.to(torch.int64))
+            for counts_P in (picks_P, dropped_P)
+        )
+    return dropped_P.to(torch.float64) / picks_P.to(torch.float64)
+
+
 def coactivation_counts(index_TK: Tensor, num_experts: int) -> Tensor:
     """n_ij = number of tokens that picked both i and j, int64 (N, N), symmetric; the diagonal is n_i.
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from moesaic.errors import ConfigError, UnsupportedModel
 from moesaic.hf import MoesaicModel
-from moesaic.layer import Routing, RoutingContext, expert_load
+from moesaic.layer import LayerLoad, Routing, RoutingContext
+from moesaic.trace.positions import PositionCounts
 
 Keep = Literal["counts", "tokens"]
 
@@ -26,13 +27,27 @@ class LayerTrace:
         layer: index of the decoder layer.
         num_experts: N.
         top_k: K; of routers whose tokens have different numbers of picks, the most that a token had.
-        domain_loads: picks of each expert by domain, int64 (N,) each; the key is "" outside `RoutingTrace.domain`.
+        num_null: null experts, which come after the N experts among the columns.
+        domain_loads: picks that each expert computed by domain, int64 (N,) each; the key is "" outside
+            `RoutingTrace.domain`.
+        domain_chosen: selections of each column, experts and then null experts, before a capacity dropped any, by
+            domain, int64 (M,) each.
+        domain_positions: picks and dropped picks by position in the sequence, by domain; empty without a capacity.
+        dropped: picks that a capacity dropped.
+        unserved: tokens that no expert computed, because all their picks were dropped or null.
+        tokens: tokens counted.
     """
 
     layer: int
     num_experts: int
     top_k: int
+    num_null: int = 0
     domain_loads: dict[str, Tensor] = field(default_factory=dict)
+    domain_chosen: dict[str, Tensor] = field(default_factory=dict)
+    domain_positions: dict[str, PositionCounts] = field(default_factory=dict)
+    dropped: int = 0
+    unserved: int = 0
+    tokens: int = 0
     _indices: list[Tensor] = field(default_factory=list, repr=False)
     _weights: list[Tensor] = field(default_factory=list, repr=False)
 
@@ -42,8 +57,13 @@ class LayerTrace:
         return torch.stack(list(self.domain_loads.values())).sum(0)
 
     @property
+    def chosen_M(self) -> Tensor:
+        """Selections of each column over all domains, before drops, int64 (M,)."""
+        return torch.stack(list(self.domain_chosen.values())).sum(0)
+
+    @property
     def index_TK(self) -> Tensor:
-        """Picked experts, int64, N where a pick is no expert. Made anew at each access.
+        """Picked experts, int64, N where a pick is no expert or missing. Made anew at each access.
 
         Raises:
             ConfigError: if only counts were kept.
@@ -59,11 +79,18 @@ class LayerTrace:
         """
         return _concatenate(_widen(self._weights, self.top_k, 0))
 
-    def _add(self, routing: Routing, mask_T: Tensor | None, domain: str, keep: Keep) -> None:
+    def _add(self, routing: Routing, mask_T: Tensor | None, position_T: Tensor | None, domain: str, keep: Keep) -> None:
         self.top_k = max(self.top_k, routing.top_k)
-        load_N = expert_load(routing, mask_T).cpu()
-        previous_N = self.domain_loads.get(domain)
-        self.domain_loads[domain] = load_N if previous_N is None else previous_N + load_N
+        load = LayerLoad.of(routing, mask_T)
+        for counts, new in ((self.domain_loads, load.load_N), (self.domain_chosen, load.chosen_M)):
+            counts[domain] = counts[domain] + new.cpu() if domain in counts else new.cpu()
+        self.dropped += int(load.dropped)
+        self.tokens += int(load.tokens)
+        self.unserved += int(_real((routing.index_TK == routing.num_experts).all(-1), mask_T).sum())
+        if routing.dropped_TK is not None and position_T is not None:
+            picks_T = _real((routing.choice_TK < routing.num_experts).sum(-1), mask_T).cpu()
+            dropped_T = _real(routing.dropped_TK.sum(-1), mask_T).cpu()
+            self.domain_positions.setdefault(domain, PositionCounts()).add(position_T, picks_T, dropped_T)
         if keep == "tokens":
             small = torch.int16 if self.num_experts < torch.iinfo(torch.int16).max else torch.int32
             self._indices.append(_to_cpu(routing.index_TK, mask_T, small))
@@ -109,10 +136,11 @@ class RoutingTrace:
     def add(self, context: RoutingContext) -> None:
         """Add the routing of one forward pass; `record` calls it for every one."""
         mask_T = context.mask_T
+        position_T = _positions(context)
         for layer, routing in context.records.items():
             if layer not in self.layers:
-                self.layers[layer] = LayerTrace(layer, routing.num_experts, routing.top_k)
-            self.layers[layer]._add(routing, mask_T, self._domain, self.keep)
+                self.layers[layer] = LayerTrace(layer, routing.num_experts, routing.top_k, routing.num_null)
+            self.layers[layer]._add(routing, mask_T, position_T, self._domain, self.keep)
         size = next(iter(context.records.values())).index_TK.shape[0]
         self.num_tokens += size if mask_T is None else int(mask_T.sum())
         if self.keep == "tokens" and context.token_ids_T is not None:
@@ -131,8 +159,8 @@ def record(model: nn.Module, *, keep: Keep = "tokens") -> Iterator[RoutingTrace]
 
     Args:
         model: a moesaic model, or a module that holds one (a PEFT model, a wrapper for data parallelism).
-        keep: "counts" keeps only the load of each expert: 8 bytes for each layer, expert and domain, however long the
-            run. "tokens" also keeps every pick, its weight and the token ids: 6 K bytes for each token and layer, and 4
+        keep: "counts" keeps only the load of each expert, and with a capacity the drops by position: 16 bytes for each
+            layer, expert and domain, and 4 kB for each layer and domain, however long the run. "tokens" also keeps every pick, its weight and the token ids: 6 K bytes for each token and layer, and 4
             for each token (100,000 tokens through 27 layers with 6 picks take 98 MB).
 
     Raises:
@@ -159,6 +187,25 @@ def _moesaic_model(model: nn.Module) -> MoesaicModel:
     if not found.moe_blocks():
         raise UnsupportedModel(f"this {type(model).__name__} has no MoE layer, so there is no routing to record")
     return found
+
+
+def _real(values_T: Tensor, mask_T: Tensor | None) -> Tensor:
+    """Without the rows of padding."""
+    return values_T if mask_T is None else values_T[mask_T]
+
+
+def _positions(context: RoutingContext) -> Tensor | None:
+    """Place of each real token among those of its sequence, which is what fills a capacity: packed documents count on.
+
+    A capacity and a cache of earlier tokens exclude each other, so the first token here is the first of its sequence.
+    """
+    if not context.records or all(routing.dropped_TK is None for routing in context.records.values()):
+        return None
+    tokens = next(iter(context.records.values())).index_TK.shape[0]
+    real_BL = torch.ones(context.batch_size, tokens // context.batch_size, dtype=torch.bool)
+    if context.mask_T is not None:
+        real_BL = context.mask_T.view_as(real_BL).cpu()
+    return (real_BL.cumsum(-1) - 1)[real_BL]
 
 
 def _to_cpu(values_T: Tensor, mask_T: Tensor | None, dtype: torch.dtype) -> Tensor:
