@@ -214,6 +214,9 @@ ROUTERS: dict[str, Row] = {
         },
         unreached=UNUSED_STATE,
     ),
+    "recurrent_cosine": Row(
+        {"type": "recurrent", "top_k": 2, "state_size": 5, "head": "cosine", "head_size": 3}, unreached=UNUSED_STATE
+    ),
     "recurrent_no_passing": Row(
         {"type": "recurrent", "top_k": 2, "state_size": 5, "mode": "no_passing", "freeze_head": True},
         unreached=UNUSED_STATE,

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moesaic.errors import ConfigError
-from moesaic.layer import LoadBalancing, MoEBlock, MoESpec, RecurrentConfig, RecurrentRouter, Routing, RoutingContext
+from moesaic.layer import (
+    CosineConfig,
+    LoadBalancing,
+    MoEBlock,
+    MoESpec,
+    RecurrentConfig,
+    RecurrentRouter,
+    Routing,
+    RoutingContext,
+)
 from moesaic.layer.balance import BalanceObjective
 from moesaic.layer.routers.cells import Cell, CellName
 
@@ -210,6 +219,35 @@ def test_layers_equal_a_reference_that_goes_token_by_token(
             best = logits_N.argsort(descending=True, stable=True)[:2].tolist()
             assert routing.index_TK[token].tolist() == best
             torch.testing.assert_close(routing.weight_TK[token], logits_N[best].softmax(-1))
+
+
+@pytest.mark.parametrize("mode", ["full", "no_passing"])
+def test_a_cosine_head_is_a_cosine_router_on_the_state(mode: str) -> None:
+    """XMoE + GRU (table 2): the state of layer i takes the place of the token."""
+    routers: Any = make_routers(head="cosine", head_size=3, mode=mode)
+    inputs = make_inputs()
+    for router, routing in zip(routers, run(routers, inputs), strict=True):
+        theirs = CosineConfig(top_k=2, projection_size=3, normalize_top_k=True).build(P, N).double()
+        own = dict(router.named_parameters(recurse=False))
+        theirs.load_state_dict(own)
+        state_TP = routing.state
+        if state_TP is None:
+            u_TP = router.projector(inputs[router.layer])
+            state_TP = router.cell(u_TP, router.cell.start_state(u_TP))
+        expected = theirs(state_TP)
+        torch.testing.assert_close(routing.logits_TN, expected.logits_TN)
+        torch.testing.assert_close(routing.weight_TK, expected.weight_TK)
+        assert torch.equal(routing.index_TK, expected.index_TK)
+
+
+def test_a_cosine_head_starts_as_a_cosine_router_does() -> None:
+    router = RecurrentConfig(top_k=2, head="cosine").build(40, N)
+    assert router.weight.shape == (N, 16)
+    assert router.projection_weight is not None
+    assert router.projection_weight.shape == (16, 128)
+    assert router.log_scale is not None
+    assert router.log_scale.exp().item() == pytest.approx(1 / 0.3)
+    assert router.bias is None
 
 
 def test_the_state_stays_within_1() -> None:
@@ -423,6 +461,7 @@ def test_what_travels_between_layers(fields: dict[str, Any], carries: bool) -> N
         ({"top_k": 2, "state_size": 0}, "state_size = 0"),
         ({"top_k": 2, "cell": "mgu"}, "cell = 'mgu' is not one of the choices"),
         ({"top_k": 2, "residual": -1.0}, "residual = -1.0"),
+        ({"top_k": 2, "head_size": 8}, "head_size = 8 has no effect on a linear head"),
         ({"top_k": 2, "detach_residual": True}, "detach_residual = True has no effect without residual"),
         ({"top_k": 2, "accumulate_residual": True}, "accumulate_residual = True has no effect without residual"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -14,6 +15,10 @@ from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import Router
 from moesaic.layer.routers.best_k import BestKConfig, BestKRouter
 from moesaic.layer.routers.cells import Cell, CellName
+from moesaic.layer.routers.unit_vectors import cosine, sharpness
+
+# Of the cosine head: the temperature at the start and the bound of its inverse, as CosineConfig has them.
+_TEMPERATURE, _MAX_SCALE = 0.3, 100.0
 
 
 class RecurrentConfig(BestKConfig):
@@ -31,8 +36,11 @@ class RecurrentConfig(BestKConfig):
         residual: alpha; the logits of the layer below times alpha are added to a layer's own. Layers must agree in N.
         detach_residual: keep gradients from flowing through that sum.
         accumulate_residual: what is added already holds what was added below; otherwise it is the own logits only.
+        head: how logits come from the state: "linear", or "cosine", a cosine router (X-MoE, arXiv 2204.09179) that looks at
+            the state instead of the token (table 2).
+        head_size: width of the cosine head's projection; 16 by default, the paper has 8, 16 and 32.
         shared_projector: one projector for all layers instead of one for each.
-        linear_bias: biases of projector and head.
+        linear_bias: biases of projector and linear head.
         initialization: "torch", uniform as nn.Linear and nn.GRUCell start, or "normal" for all weights and all biases.
         freeze_head: take the head, with its bias, out of the training.
         freeze_cell: take the cell out of the training.
@@ -46,6 +54,8 @@ class RecurrentConfig(BestKConfig):
     residual: float = Field(default=0.0, ge=0)
     detach_residual: bool = False
     accumulate_residual: bool = False
+    head: Literal["linear", "cosine"] = "linear"
+    head_size: PositiveInt | None = None
     shared_projector: bool = False
     linear_bias: bool = True
     initialization: Literal["torch", "normal"] = "torch"
@@ -53,7 +63,9 @@ class RecurrentConfig(BestKConfig):
     freeze_cell: bool = False
 
     @model_validator(mode="after")
-    def _residual_is_there(self) -> RecurrentConfig:
+    def _fields_have_an_effect(self) -> RecurrentConfig:
+        if self.head_size is not None and self.head != "cosine":
+            raise ConfigError("head_size", self.head_size, "has no effect on a linear head", "set head: cosine")
         for field in ("detach_residual", "accumulate_residual"):
             if getattr(self, field) and not self.residual:
                 raise ConfigError(field, True, "has no effect without residual", "set residual, to 0.5 or 1.0")
@@ -89,17 +101,22 @@ class Projector(nn.Module):
 class RecurrentRouter(BestKRouter[RecurrentConfig]):
     """u = P_i x; s_i = cell(u, s_{i-1}); logits = G_i s_i: the cell is all layers', the linear maps are each layer's.
 
-    Parameters are `weight` (N, P) and `bias` (N,) of the head G_i, `projector` and `cell`. The record's `state` holds
-    what the next layer reads: the cell's state, if it is passed on, and the logits, if there is a residual. It is a
-    tensor in the graph, so it may be checkpointed; nothing is kept between forward passes.
+    Parameters are `weight` (N, P) and `bias` (N,) of the head G_i, `projector` and `cell`. A cosine head has
+    `projection_weight` (d, P), `weight` (N, d), the expert vectors, and `log_scale` (1,), as `CosineRouter` has. The
+    record's `state` holds what the next layer reads: the cell's state, if it is passed on, and the logits, if there is a
+    residual. It is a tensor in the graph, so it may be checkpointed; nothing is kept between forward passes.
     """
 
     def __init__(self, config: RecurrentConfig, hidden_size: int, num_experts: int) -> None:
         super().__init__(config, num_experts)
         self.projector = Projector(hidden_size, config.state_size, config.linear_bias)
         self.cell = Cell(config.cell, config.state_size, learned_start=config.mode == "learned_start")
-        self.weight = nn.Parameter(torch.empty(num_experts, config.state_size))
-        self.bias = nn.Parameter(torch.empty(num_experts)) if config.linear_bias else None
+        cosine_head = config.head == "cosine"
+        width = (config.head_size or 16) if cosine_head else config.state_size
+        self.projection_weight = nn.Parameter(torch.empty(width, config.state_size)) if cosine_head else None
+        self.log_scale = nn.Parameter(torch.empty(1)) if cosine_head else None
+        self.weight = nn.Parameter(torch.empty(num_experts, width))
+        self.bias = nn.Parameter(torch.empty(num_experts)) if config.linear_bias and not cosine_head else None
         self.reset_parameters()
         self.freeze()
 
@@ -117,12 +134,15 @@ class RecurrentRouter(BestKRouter[RecurrentConfig]):
             self.cell.reset_parameters(normal)
         linear = [self, self.projector] if "projector" in self._modules else [self]
         for module in linear:
-            bound = module.weight.shape[1] ** -0.5
             for parameter in module.parameters(recurse=False):
+                # Biases have the bound of their weight, as in torch.
+                fan_in = parameter.shape[1] if parameter.ndim == 2 else module.weight.shape[1]
                 if normal is None:
-                    nn.init.uniform_(parameter, -bound, bound)
+                    nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
                 else:
                     nn.init.normal_(parameter, std=normal)
+        if self.log_scale is not None:
+            nn.init.constant_(self.log_scale, -math.log(_TEMPERATURE))
 
     def share(self, first: Router) -> None:
         assert isinstance(first, RecurrentRouter)
@@ -144,13 +164,24 @@ class RecurrentRouter(BestKRouter[RecurrentConfig]):
         with torch.autocast(x_TD.device.type, enabled=False):
             input_TP = self.projector(x_TD.to(precision))
             state_TW = self.cell(input_TP, self.cell.start_state(input_TP) if before_TW is None else before_TW)
-            bias_N = None if self.bias is None else self.bias.to(precision)
-            own_TN = F.linear(state_TW[:, : config.state_size], self.weight.to(precision), bias_N)
+            own_TN = self._head(state_TW[:, : config.state_size])
         logits_TN = own_TN if logits_before_TN is None else own_TN + config.residual * logits_before_TN
         carried = [state_TW] if config.passes_state else []
         if config.residual:
             carried.append(logits_TN if config.accumulate_residual else own_TN)
-        return self.take_best(logits_TN, state=torch.cat(carried, dim=-1) if carried else None)
+        # Compared as logits: sigmoids of sharp ones are equal in float32.
+        state = torch.cat(carried, dim=-1) if carried else None
+        return self.take_best(logits_TN, compared_TN=logits_TN, state=state)
+
+    def _head(self, output_TP: Tensor) -> Tensor:
+        """Logits from the cell's output."""
+        precision = output_TP.dtype
+        if self.projection_weight is None or self.log_scale is None:
+            return F.linear(
+                output_TP, self.weight.to(precision), None if self.bias is None else self.bias.to(precision)
+            )
+        low_TE = F.linear(output_TP, self.projection_weight.to(precision))
+        return cosine(low_TE, self.weight.to(precision)) * sharpness(self.log_scale.to(precision), _MAX_SCALE)
 
     def _before(self, context: RoutingContext | None) -> tuple[Tensor | None, Tensor | None]:
         """State and logits of the layer below, each None where there are none or they play no part."""
