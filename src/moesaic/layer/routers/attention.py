@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.best_k import BestKConfig, BestKRouter
+from moesaic.layer.routers.inputs import linear
 
 
 class AttentionConfig(BestKConfig):
@@ -35,10 +35,6 @@ class AttentionRouter(BestKRouter[AttentionConfig]):
         self.reset_parameters()
 
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
-        precision = self.precision(x_TD)
-        # Autocast would run these products in bfloat16; the paper routes in float32 too.
-        with torch.autocast(x_TD.device.type, enabled=False):
-            query_TN, key_TN, value_TN = F.linear(x_TD.to(precision), self.weight.to(precision)).chunk(3, dim=-1)
-            attention_TNN = (query_TN.unsqueeze(-1) * key_TN.unsqueeze(-2)).softmax(-1)
-            logits_TN = (attention_TNN @ value_TN.unsqueeze(-1)).squeeze(-1)
-        return self.take_best(logits_TN)
+        query_TN, key_TN, value_TN = linear(x_TD, self.weight).chunk(3, dim=-1)
+        attention_TNN = (query_TN.unsqueeze(-1) * key_TN.unsqueeze(-2)).softmax(-1)
+        return self.take_best((attention_TNN * value_TN.unsqueeze(-2)).sum(-1))

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from moesaic.errors import ConfigError
 from moesaic.layer.load import LayerLoad
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.best_k import BestKConfig, BestKRouter
+from moesaic.layer.routers.inputs import linear
 from moesaic.layer.routers.unit_vectors import cosine, init_orthogonal, sharpness, unit
 
 _TEMPERATURE = {"softmax": 0.3, "sigmoid": 0.07}
@@ -99,15 +99,12 @@ class CosineRouter(BestKRouter[CosineConfig]):
             nn.init.constant_(self.log_scale, -math.log(self.config.initial_temperature))
 
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
-        config, precision = self.config, self.precision(x_TD)
-        bias_E = None if self.projection_bias is None else self.projection_bias.to(precision)
-        # Autocast would run these products in bfloat16, where logits of many experts tie.
-        with torch.autocast(x_TD.device.type, enabled=False):
-            low_TE = F.linear(x_TD.to(precision), self.projection_weight.to(precision), bias_E)
-            if self.log_scale is None:
-                return self.take_best(F.linear(low_TE, unit(self.weight.to(precision))))
-            cosine_TN = cosine(low_TE, self.weight.to(precision))
-            logits_TN = cosine_TN * sharpness(self.log_scale.to(precision), config.max_scale)
+        config, low_TE = self.config, linear(x_TD, self.projection_weight, self.projection_bias)
+        weight_NE = self.weight.to(low_TE.dtype)
+        if self.log_scale is None:
+            return self.take_best(linear(low_TE, unit(weight_NE)))
+        cosine_TN = cosine(low_TE, weight_NE)
+        logits_TN = cosine_TN * sharpness(self.log_scale.to(low_TE.dtype), config.max_scale)
         # Compared as cosines: sigmoids of sharp logits are equal in float32.
         routing = self.take_best(logits_TN, compared_TN=cosine_TN)
         if config.balance_temperature == "learned":

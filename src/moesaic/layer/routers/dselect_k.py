@@ -6,13 +6,13 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Router, check_top_k
+from moesaic.layer.routers.inputs import linear
 
 # Mass on experts that exist, below which the reachability loss stops growing (and has no gradient anyway).
 _LEAST_MASS = 1e-6
@@ -97,18 +97,16 @@ class DSelectKRouter(Router[DSelectKConfig]):
         return self.config.num_selectors
 
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
-        precision, selectors = self.precision(x_TD), self.config.num_selectors
-        # Autocast would run these products in bfloat16.
-        with torch.autocast(x_TD.device.type, enabled=False):
-            if self.config.conditioned_on == "token":
-                x_TD = x_TD.to(precision)
-                z_TC = F.linear(x_TD, self.selector_weight.to(precision), self.selector_bias.to(precision))
-                alpha_TS = F.linear(x_TD, self.mixture_weight.to(precision), self.mixture_bias.to(precision))
-            else:
-                z_TC = self.selector.to(precision).expand(x_TD.shape[0], -1)
-                alpha_TS = self.mixture.to(precision).expand(x_TD.shape[0], -1)
-            r_TSN = select(z_TC.unflatten(-1, (selectors, self.bits)), self.num_experts, self.config.gamma)
-            scores_TN = (alpha_TS.softmax(-1).unsqueeze(-1) * r_TSN).sum(-2)
+        selectors = self.config.num_selectors
+        if self.config.conditioned_on == "token":
+            z_TC = linear(x_TD, self.selector_weight, self.selector_bias)
+            alpha_TS = linear(x_TD, self.mixture_weight, self.mixture_bias)
+        else:
+            precision = self.precision(x_TD)
+            z_TC = self.selector.to(precision).expand(x_TD.shape[0], -1)
+            alpha_TS = self.mixture.to(precision).expand(x_TD.shape[0], -1)
+        r_TSN = select(z_TC.unflatten(-1, (selectors, self.bits)), self.num_experts, self.config.gamma)
+        scores_TN = (alpha_TS.softmax(-1).unsqueeze(-1) * r_TSN).sum(-2)
         index_TK = scores_TN.detach().sort(dim=-1, descending=True, stable=True).indices
         weight_TK = scores_TN.gather(-1, index_TK)
         reached_TS = r_TSN.sum(-1).clamp(min=_LEAST_MASS)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.best_k import BestKConfig, BestKRouter
+from moesaic.layer.routers.inputs import linear
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh}
 
@@ -49,11 +50,5 @@ class MLPRouter(BestKRouter[MLPConfig]):
         self.reset_parameters()
 
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
-        precision = self.precision(x_TD)
-        bias_H = None if self.hidden_bias is None else self.hidden_bias.to(precision)
-        # Autocast would run these products in bfloat16, where logits of many experts tie.
-        with torch.autocast(x_TD.device.type, enabled=False):
-            hidden_TH = F.linear(x_TD.to(precision), self.hidden_weight.to(precision), bias_H)
-            hidden_TH = _ACTIVATIONS[self.config.activation](hidden_TH)
-            logits_TN = F.linear(hidden_TH, self.weight.to(precision))
-        return self.take_best(logits_TN)
+        hidden_TH = _ACTIVATIONS[self.config.activation](linear(x_TD, self.hidden_weight, self.hidden_bias))
+        return self.take_best(linear(hidden_TH, self.weight))

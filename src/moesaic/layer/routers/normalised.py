@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moesaic.errors import ConfigError
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.best_k import BestKConfig, BestKRouter
+from moesaic.layer.routers.inputs import linear
 
 
 class NormalisedConfig(BestKConfig):
@@ -51,10 +52,5 @@ class NormalisedRouter(BestKRouter[NormalisedConfig]):
         self.reset_parameters()
 
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
-        config, precision = self.config, self.precision(x_TD)
-        bias_N = None if self.bias is None else self.bias.to(precision)
-        # Autocast would run this product in bfloat16, where logits of many experts tie.
-        with torch.autocast(x_TD.device.type, enabled=False):
-            raw_TN = F.linear(x_TD.to(precision), self.weight.to(precision), bias_N)
-            logits_TN = config.scale * F.layer_norm(raw_TN, raw_TN.shape[-1:], eps=config.epsilon)
-        return self.take_best(logits_TN)
+        raw_TN = linear(x_TD, self.weight, self.bias)
+        return self.take_best(self.config.scale * F.layer_norm(raw_TN, raw_TN.shape[-1:], eps=self.config.epsilon))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Router
+from moesaic.layer.routers.inputs import linear
 from moesaic.layer.routers.scores import top_k
 
 
@@ -63,10 +63,7 @@ class PrototypedRouter(Router[PrototypedConfig]):
         self.reset_parameters()
 
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
-        config, precision = self.config, self.precision(x_TD)
-        # Autocast would run this product in bfloat16, where logits of many experts tie.
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TN = F.linear(x_TD.to(precision), self.weight.to(precision))
+        config, logits_TN = self.config, linear(x_TD, self.weight)
         scores_TGE = logits_TN.unflatten(-1, (config.num_groups, -1)).softmax(-1)
         scores_TN = scores_TGE.flatten(-2)
         inside_TGK = top_k(scores_TGE.detach(), config.top_k_in_group, stable=True)

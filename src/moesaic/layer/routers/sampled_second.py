@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
 from moesaic.layer.noise import gumbel, uniform
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router
+from moesaic.layer.routers.inputs import linear
 from moesaic.layer.routers.scores import normalize, top_k
 
 
@@ -56,10 +56,7 @@ class SampledSecondRouter(Router[SampledSecondConfig]):
         self.reset_parameters()
 
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
-        precision = self.precision(x_TD)
-        # Autocast would run this product in bfloat16, where logits of many experts tie.
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TN = F.linear(x_TD.to(precision), self.weight.to(precision))
+        logits_TN = linear(x_TD, self.weight)
         scores_TN = logits_TN.softmax(-1)
         selection_TN = logits_TN.detach()
         if self.training and self.config.policy == "gumbel":

@@ -97,12 +97,9 @@ class ThresholdRouter(Router[ThresholdConfig]):
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
         precision = self.precision(x_TD)
         weight_ND, threshold_N = self.weight.to(precision), self.threshold.to(precision)
-        # Autocast would run these products in bfloat16, where an expert's threshold ties with many tokens.
-        with torch.autocast(x_TD.device.type, enabled=False):
-            cosine_TN = cosine(x_TD.to(precision), weight_ND)
-            scale_1 = sharpness(self.log_scale.to(precision), self.config.max_scale)
-            logits_TN = cosine_TN * scale_1
-            diversity = expert_diversity(weight_ND)
+        cosine_TN = cosine(x_TD.to(precision), weight_ND)
+        scale_1 = sharpness(self.log_scale.to(precision), self.config.max_scale)
+        logits_TN = cosine_TN * scale_1
         scores_TN = logits_TN.sigmoid()
         margin_TN = scores_TN - (threshold_N * scale_1).sigmoid()
         # s_i > t_i, compared where the sigmoids have not saturated.
@@ -123,7 +120,7 @@ class ThresholdRouter(Router[ThresholdConfig]):
             logits_TN=logits_TN,
             scores_TN=scores_TN,
             selection_TN=selection_TN,
-            auxiliary={"diversity": diversity.expand(x_TD.shape[0])},
+            auxiliary={"diversity": expert_diversity(weight_ND).expand(x_TD.shape[0])},
         )
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.layer.routers.base import fill_buffer
+from moesaic.layer.routers.inputs import linear
 
 # Vectors shorter than this are not stretched to length 1: a token of zeros has cosine 0 and a finite gradient.
 _SHORTEST = 1e-6
@@ -21,7 +22,7 @@ def unit(x_TD: Tensor) -> Tensor:
 
 def cosine(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
     """Cosine of the angle between every token and every expert, (T, N)."""
-    return F.linear(unit(x_TD), unit(weight_ND))
+    return linear(unit(x_TD), unit(weight_ND))
 
 
 def sharpness(log_scale_1: Tensor, largest: float) -> Tensor:
