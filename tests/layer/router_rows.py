@@ -154,6 +154,15 @@ ROUTERS: dict[str, Row] = {
             "token_weight": "learns by the distillation loss",
         },
     ),
+    "dense_to_sparse": Row({"type": "dense_to_sparse", "threshold": 0.05}),
+    "dense_to_sparse_without_noise": Row(
+        {"type": "dense_to_sparse", "temperature": 0.5, "threshold": 0.1, "noise": False}
+    ),
+    "growing_top_k": Row({"type": "scheduled_top_k", "top_k": {"start": 2, "end": 6}, "normalize_top_k": True}),
+    "smoe_dropout": Row(
+        {"type": "scheduled_top_k", "top_k": {"start": 2, "end": 8}, "frozen": True, "evaluation_top_k": 3}
+    ),
+    "frozen_top_k": Row({"type": "scheduled_top_k", "top_k": 2, "frozen": True, "score_function": "sigmoid"}),
     "noisy_top_k": Row({"type": "noisy_top_k", "top_k": 3}),
     "noisy_fixed": Row({"type": "noisy_top_k", "top_k": 1, "noise": "fixed", "softmax_over": "all"}),
     "cosine": Row({"type": "cosine", "top_k": 2}),

@@ -64,7 +64,7 @@ def test_weights_are_equal() -> None:
     assert make_router(top_k=4, scaling_factor=2.0)(x_TD, context).weight_TK.tolist() == [[0.5] * 4] * 2
 
 
-# --- Balanced table (arXiv 2106.04426, section 3.1) -------------------------------------------------------------------
+# --- Balanced table (arXiv 2106.04426, section 3) -------------------------------------------------------------------
 
 
 def test_balanced_table_gives_ids_to_the_lightest_expert() -> None:

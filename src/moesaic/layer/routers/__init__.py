@@ -11,6 +11,7 @@ from moesaic.layer.routers.base import BaseRouterConfig, Router
 from moesaic.layer.routers.base_assignment import BaseAssignmentConfig, BaseAssignmentRouter
 from moesaic.layer.routers.cosine import CosineConfig, CosineRouter
 from moesaic.layer.routers.dense import DenseConfig, DenseRouter
+from moesaic.layer.routers.dense_to_sparse import DenseToSparseConfig, DenseToSparseRouter
 from moesaic.layer.routers.dselect_k import DSelectKConfig, DSelectKRouter
 from moesaic.layer.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
 from moesaic.layer.routers.hash import HashConfig, HashRouter
@@ -25,6 +26,7 @@ from moesaic.layer.routers.prototyped import PrototypedConfig, PrototypedRouter
 from moesaic.layer.routers.random import RandomConfig, RandomRouter
 from moesaic.layer.routers.recurrent import RecurrentConfig, RecurrentRouter
 from moesaic.layer.routers.sampled_second import SampledSecondConfig, SampledSecondRouter
+from moesaic.layer.routers.scheduled_top_k import ScheduledTopKConfig, ScheduledTopKRouter
 from moesaic.layer.routers.segment_merged import SegmentMergedConfig, SegmentMergedRouter
 from moesaic.layer.routers.sentence import SentenceConfig, SentenceRouter
 from moesaic.layer.routers.sinkhorn import SinkhornConfig, SinkhornRouter
@@ -45,8 +47,9 @@ RouterConfig = Annotated[
     | AttentionConfig
     | BaseAssignmentConfig
     | CosineConfig
-    | DenseConfig
     | DSelectKConfig
+    | DenseConfig
+    | DenseToSparseConfig
     | ExpertChoiceConfig
     | HashConfig
     | MLPConfig
@@ -60,6 +63,7 @@ RouterConfig = Annotated[
     | RandomConfig
     | RecurrentConfig
     | SampledSecondConfig
+    | ScheduledTopKConfig
     | SegmentMergedConfig
     | SentenceConfig
     | SinkhornConfig
@@ -83,6 +87,8 @@ __all__ = [
     "DSelectKRouter",
     "DenseConfig",
     "DenseRouter",
+    "DenseToSparseConfig",
+    "DenseToSparseRouter",
     "ExpertChoiceConfig",
     "ExpertChoiceRouter",
     "HashConfig",
@@ -111,6 +117,8 @@ __all__ = [
     "RouterConfig",
     "SampledSecondConfig",
     "SampledSecondRouter",
+    "ScheduledTopKConfig",
+    "ScheduledTopKRouter",
     "SegmentMergedConfig",
     "SegmentMergedRouter",
     "SentenceConfig",

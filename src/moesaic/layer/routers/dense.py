@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Router, check_top_k
 from moesaic.layer.routers.inputs import linear
-from moesaic.layer.routers.scores import ScoreFunction, score, top_k
+from moesaic.layer.routers.scores import ScoreFunction, keep_best, score
 
 
 class DenseConfig(BaseRouterConfig):
@@ -38,6 +38,10 @@ class DenseConfig(BaseRouterConfig):
     @property
     def runs_all_experts(self) -> bool:
         return self.evaluation_top_k is None
+
+    @property
+    def refuses_capacity(self) -> str | None:
+        return "in training every expert runs for every token, so that none can be full"
 
     def check(self, num_experts: int) -> None:
         if self.evaluation_top_k is not None:
@@ -66,7 +70,7 @@ class DenseRouter(Router[DenseConfig]):
         index_TN = torch.arange(self.num_experts, device=x_TD.device).expand_as(scores_TN).contiguous()
         weight_TN = scores_TN
         if self.config.evaluation_top_k is not None and not self.training:
-            index_TN, weight_TN = keep_best(scores_TN, self.config.evaluation_top_k)
+            index_TN, weight_TN = keep_best(scores_TN, self.config.evaluation_top_k, width=self.num_experts)
         return Routing(
             index_TK=index_TN,
             weight_TK=weight_TN,
@@ -79,16 +83,3 @@ class DenseRouter(Router[DenseConfig]):
     def picks(self) -> float:
         """Experts that a token runs in evaluation."""
         return self.config.evaluation_top_k or self.num_experts
-
-
-def keep_best(scores_TN: Tensor, k: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Picks of a token's k best experts in a record N wide: index and weight, N and 0 for the others.
-
-    Args:
-        scores_TN: weights of all experts.
-        k: how many; a tensor for a number that changes in training.
-    """
-    num_experts = scores_TN.shape[-1]
-    order_TN = top_k(scores_TN.detach(), num_experts, stable=True)
-    kept_N = torch.arange(num_experts, device=scores_TN.device) < k
-    return order_TN.masked_fill(~kept_N, num_experts), scores_TN.gather(-1, order_TN) * kept_N

@@ -29,8 +29,8 @@ class HashConfig(BaseRouterConfig):
     Attributes:
         vocabulary_size: number of token ids.
         top_k: experts for each token (K), all different.
-        table: the function of ids. "random": uniform (section 3.1, random hash), another one in each layer. "balanced":
-            ids in falling frequency, each to the experts with the least load so far (section 3.1, balanced assignment),
+        table: the function of ids. "random": uniform (section 3, random hash), another one in each layer. "balanced":
+            ids in falling frequency, each to the experts with the least load so far (section 3, balanced assignment),
             the same in all layers. "ngram": random and uniform in the id and the ones before it (bigram hash for
             `ngram_length` 2). "stored": a table that comes with the weights (DeepSeek-V4), random before.
         seed: of the random functions.
@@ -207,7 +207,7 @@ class HashRouter(Router[HashConfig]):
 
 
 def balanced_table(frequencies: Sequence[float], num_experts: int, top_k: int = 1) -> Tensor:
-    """A table (V, K) of experts that spreads the frequencies of V ids evenly (arXiv 2106.04426, section 3.1).
+    """A table (V, K) of experts that spreads the frequencies of V ids evenly (arXiv 2106.04426, section 3).
 
     Ids in falling frequency, the lower id first among equals, each go to the K experts with the least load so far;
     among experts of equal load to those with fewer ids, then to the lower index.

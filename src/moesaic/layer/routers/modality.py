@@ -20,7 +20,7 @@ OUTSIDE = -1e4
 
 
 class ModalityConfig(BaseRouterConfig):
-    """Fields of routing inside modality banks (ERNIE 4.5's modality-isolated routing, technical report, section 2.1).
+    """Fields of routing inside modality banks (ERNIE 4.5's modality-isolated routing).
 
     Attributes:
         banks: number of experts of each modality, in the order of modality ids; they lie one after another.

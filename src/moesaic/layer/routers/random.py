@@ -15,7 +15,7 @@ from moesaic.layer.routers.scores import top_k
 
 
 class RandomConfig(BaseRouterConfig):
-    """Fields of random routing (THOR, arXiv 2110.04260, section 3).
+    """Fields of random routing (THOR, arXiv 2110.04260).
 
     Attributes:
         top_k: experts for each token while training (K), all different, each with weight 1 / K.
@@ -35,6 +35,10 @@ class RandomConfig(BaseRouterConfig):
     @property
     def may_skip(self) -> bool:
         return self.evaluation == "all"
+
+    @property
+    def refuses_capacity(self) -> str | None:
+        return "the mean of all experts leaves none to be full" if self.evaluation == "all" else None
 
     def check(self, num_experts: int) -> None:
         check_top_k(self.top_k, num_experts)

@@ -70,3 +70,16 @@ def normalize(weight_TK: Tensor, *, order: float = 1.0, floor: float = 0.0, epsi
     if floor:
         total_T1 = total_T1.clamp(min=floor)
     return weight_TK / (total_T1 + epsilon)
+
+
+def keep_best(scores_TN: Tensor, k: int | Tensor, *, width: int) -> tuple[Tensor, Tensor]:
+    """The k best experts of each token in a record of a given width: index and score, N and 0 beyond k.
+
+    Args:
+        scores_TN: scores of all experts.
+        k: how many, at most `width`; a tensor for a number that changes in training.
+        width: picks in the record.
+    """
+    index_TK = top_k(scores_TN.detach(), width, stable=True)
+    kept_K = torch.arange(width, device=scores_TN.device) < k
+    return index_TK.masked_fill(~kept_K, scores_TN.shape[-1]), scores_TN.gather(-1, index_TK) * kept_K

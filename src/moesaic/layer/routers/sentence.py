@@ -15,7 +15,7 @@ from moesaic.layer.routers.scores import ScoreFunction, normalize, score, top_k
 
 
 class SentenceConfig(BaseRouterConfig):
-    """Fields of sentence-level routing (arXiv 2110.03742, section 3.1).
+    """Fields of sentence-level routing (arXiv 2110.03742).
 
     Attributes:
         top_k: experts for each sequence (K).

@@ -20,7 +20,7 @@ class TaskConfig(BaseRouterConfig):
 
     Attributes:
         num_tasks: number of tasks.
-        kind: "gate": each task has its own linear gate (MMoE: Ma et al., KDD 2018, eq. 6-7, which mixes all experts: set
+        kind: "gate": each task has its own linear gate (MMoE: Ma et al., KDD 2018, which mixes all experts: set
             top_k to their number); "embedding": the gate reads an embedding of the task (Task-level MoE, arXiv
             2205.12701); "fixed": each task has its experts, all of which run with equal weight (M2M-100's
             language-specific layers, arXiv 2010.11125).
