@@ -23,6 +23,8 @@ def comparable(path) -> list[dict]:
         (False, {}),
         (True, {"precision": "bf16", "accumulation_steps": 2, "schedule": {"type": "wsd"}}),
         (MOVING_BALANCE, {"accumulation_steps": 2}),
+        ({"router": {"type": "null_experts", "top_k": 3, "num_null": 4}}, {}),
+        ({"router": {"type": "recurrent", "top_k": 2, "state_size": 8}}, {"gradient_checkpointing": True}),
     ],
 )
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(data, tmp_path, monkeypatch, moe, settings):
