@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.layer.routers.plain import tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.layer.routers.plain import GRID, best, sigmoid, softmax, tensor, tokens
 
 from moesaic.errors import ConfigError
 from moesaic.layer import AttentionConfig, MLPConfig, NormalisedConfig, TopKConfig
@@ -39,6 +41,18 @@ def test_same_logits_give_the_record_of_top_k(kind: type[BestKConfig], fields: d
     upstream_TK = tokens(30, actual.top_k, seed=2)
     found = [torch.autograd.grad(routing.weight_TK, logits_TN, upstream_TK)[0] for routing in (actual, expected)]
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-15)
+
+
+@given(st.lists(st.lists(GRID, min_size=5, max_size=5), min_size=1, max_size=3), st.integers(1, 5), st.booleans())
+@settings(deadline=None)
+def test_tied_logits_go_to_the_lower_index(rows: list[list[float]], top_k: int, gated: bool) -> None:
+    config = AttentionConfig(top_k=top_k, score_function="sigmoid" if gated else "softmax")
+    routing = config.build(2, 5).take_best(tensor(rows))
+    for token, row in enumerate(rows):
+        scores = [sigmoid(value) for value in row] if gated else softmax(row)
+        picks = best(row, top_k)
+        assert routing.index_TK[token].tolist() == picks
+        assert routing.weight_TK[token].tolist() == pytest.approx([scores[pick] for pick in picks], rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.layer.routers.plain import build, by_expert, dot, sigmoid, tensor, tokens
+from torch.utils.checkpoint import checkpoint
 
 from moesaic.errors import ConfigError
-from moesaic.layer import MoEBlock, MoESpec, ThresholdConfig, ThresholdRouter
+from moesaic.layer import MoEBlock, MoESpec, RoutingContext, ThresholdConfig, ThresholdRouter
+from moesaic.layer.balance import BalanceObjective
 from moesaic.layer.routers.threshold import expert_diversity
 
 N, D = 6, 4
@@ -177,6 +179,32 @@ def test_record_offers_the_diversity_of_its_experts_for_every_token() -> None:
     routing = router(tokens(5, D))
     expected = expert_diversity(router.weight)
     torch.testing.assert_close(routing.auxiliary["diversity"], expected.expand(5))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_training_with_the_diversity_loss_spreads_the_experts_also_under_checkpointing(use_reentrant: bool) -> None:
+    spec = MoESpec.from_dict(
+        {
+            "experts": {"num_experts": N, "intermediate_size": 3},
+            "router": {"type": "threshold"},
+            "balance": [{"type": "router", "loss": "diversity", "coefficient": 2.0}],
+        }
+    )
+    found = []
+    for checkpointed in (False, True):
+        block, x_TD = MoEBlock(spec, D).double().train(), tokens(8, D).requires_grad_()
+        torch.nn.init.zeros_(block.experts.down_proj)  # type: ignore[arg-type]
+        block.gate.load_state_dict(make().state_dict())
+        context = RoutingContext()
+        y_TD = checkpoint(block, x_TD, context, use_reentrant=use_reentrant) if checkpointed else block(x_TD, context)
+        objective = BalanceObjective(spec.balance, torch.ones(1, dtype=torch.float64))
+        objective.add_to(y_TD.sum(), objective.by_name(context), context).backward()  # type: ignore[union-attr]
+        weight_ND = block.gate.get_parameter("weight")
+        found.append(weight_ND.grad)
+    expected = make().weight
+    (2.0 * expert_diversity(expected)).backward()
+    torch.testing.assert_close(found[0], expected.grad)
+    torch.testing.assert_close(found[1], expected.grad)
 
 
 @pytest.mark.parametrize(
