@@ -17,8 +17,10 @@ from moesaic.layer import (
     RouterLoss,
     Routing,
     RoutingContext,
+    StableBalance,
     StableConfig,
     StableRouter,
+    ZLoss,
 )
 
 N, D, V, WIDTH, T = 5, 4, 7, 3, 30
@@ -109,8 +111,11 @@ def test_frozen_routing_stays_whatever_is_trained() -> None:
     step(router, 0.5)
     expected = route(router, tokens()).index_TK
     routing = route(router, tokens())
-    loss_B = LoadBalancing(coefficient=1.0).per_sequence(routing, RoutingContext())
-    assert not torch.autograd.grad(loss_B.sum(), router.weight, retain_graph=True)[0].any()  # stage 2 has none
+    for loss in (LoadBalancing(coefficient=1.0), StableBalance(coefficient=1.0), ZLoss(coefficient=1.0)):
+        loss_B = loss.per_sequence(routing, RoutingContext())
+        assert not torch.autograd.grad(loss_B.sum(), router.weight, retain_graph=True)[0].any()  # stage 2 has none
+        loss_B = loss.per_sequence(route(make_router(), tokens()), RoutingContext())
+        assert loss_B.requires_grad
     (routing.weight_TK.sum() + routing.auxiliary["distillation"].sum()).backward()
     assert router.weight.grad is not None
     assert router.weight.grad.any()

@@ -81,23 +81,21 @@ class ScheduledTopKConfig(BaseRouterConfig):
 class ScheduledTopKRouter(Router[ScheduledTopKConfig]):
     """The K best experts of each token, K following a schedule.
 
-    The record is as wide as the largest K; picks beyond the present one are no expert. Tensors: `weight` (N, D), a
-    parameter, or a buffer where it is frozen, and the buffer `current_top_k`, an int64 scalar that follows the schedule
-    after each optimiser step.
+    The record is as wide as the largest K; picks beyond the present one are no expert. Tensors: the parameter `weight`
+    (N, D), and the buffer `current_top_k`, an int64 scalar that follows the schedule after each optimiser step.
     """
 
-    weight: Tensor
     current_top_k: Tensor
 
     def __init__(self, config: ScheduledTopKConfig, hidden_size: int, num_experts: int) -> None:
         super().__init__(config, num_experts, config.width)
-        weight_ND = torch.empty(num_experts, hidden_size)
-        if config.frozen:
-            self.register_buffer("weight", weight_ND)
-        else:
-            self.weight = nn.Parameter(weight_ND)
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.register_buffer("current_top_k", torch.empty((), dtype=torch.int64))
         self.reset_parameters()
+        self.freeze()
+
+    def freeze(self) -> None:
+        self.weight.requires_grad_(not self.config.frozen)
 
     def reset_parameters(self, std: float = 0.02) -> None:
         nn.init.normal_(self.weight, std=std)

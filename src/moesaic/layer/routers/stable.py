@@ -52,7 +52,8 @@ class StableRouter(Router[StableConfig]):
     `Routing.auxiliary["distillation"]`. At the step that ends stage 1 its answer for every id goes into a table, which
     is what frozen means: no optimiser can move it. e_i go on learning, through the weight.
 
-    In stage 2 the record's scores carry no gradient, so that balance losses no longer act; the distillation loss is 0.
+    In stage 2 the record's logits and scores carry no gradient, so that balance losses no longer act; the distillation
+    loss is 0.
 
     Tensors: `weight` (N, D) holds e_i; `token_embedding` (V, width) and `token_weight` (N, width) are the light router;
     the buffer `expert_of_token` (V,), int64, is the table, -1 in stage 1.
@@ -87,7 +88,7 @@ class StableRouter(Router[StableConfig]):
         return Routing(
             index_TK=index_T1,
             weight_TK=scores_TN.gather(-1, index_T1),
-            logits_TN=logits_TN,
+            logits_TN=torch.where(frozen_T1, logits_TN.detach(), logits_TN),
             scores_TN=torch.where(frozen_T1, scores_TN.detach(), scores_TN),
             selection_TN=torch.where(frozen_T1, picked_TN, logits_TN.detach()),
             auxiliary={"distillation": loss_T.masked_fill(frozen_T1.squeeze(-1), 0.0)},
