@@ -81,6 +81,21 @@ def test_picks_weights_and_gradients_are_the_stock_routers(case: Case) -> None:
         )
 
 
+def test_a_mask_of_zero_picks_the_group_that_was_ruled_out() -> None:
+    """A.X K2 with three of four groups allowed and every biased score negative: the fourth group, at 0, wins."""
+    config, block, router = read_router(Case("AXK2TopkRouter", {"n_group": 4, "topk_group": 3}))
+    x_TD = tokens()
+    with torch.no_grad():
+        block.gate.e_score_correction_bias.sub_(3.0)
+        router.e_score_correction_bias.sub_(3.0)
+        routing = router(x_TD)
+        stock_TN, stock_picked_TN = dense_picks(ROUTER_PRESETS["AXK2TopkRouter"].route(block, x_TD, config), N)
+    ours_TN, picked_TN = dense_routing(routing)
+    assert (routing.selection_TN.gather(-1, routing.index_TK) == 0).all()
+    assert torch.equal(picked_TN, stock_picked_TN)
+    torch.testing.assert_close(ours_TN, stock_TN, rtol=0, atol=1e-6)
+
+
 class WeightsOfExperts(nn.Module):
     """Stands where a block has its experts: expert i of N answers with the i-th unit vector."""
 
