@@ -90,8 +90,8 @@ def test_deepseekmoe_flops_are_the_printed_ones() -> None:
     assert flops_per_sequence("deepseekmoe-16b", 4096) / 1e12 == pytest.approx(74.4, rel=0.02)
 
 
-def test_all_convertible_families_have_presets() -> None:
-    assert {preset(name).backbone["model_type"] for name in STOCK} == set(CONVERSIONS)
+def test_stock_presets_are_of_families_that_can_be_converted() -> None:
+    assert {preset(name).backbone["model_type"] for name in STOCK} <= set(CONVERSIONS)
 
 
 @pytest.mark.parametrize("name", STOCK)

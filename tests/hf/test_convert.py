@@ -85,6 +85,9 @@ def test_router_of_a_stock_config(model_type: str, overrides: dict[str, Any], fi
         ("qwen2_moe", {"mlp_only_layers": [0, 3]}, (1, 2)),
         ("qwen2_moe", {"mlp_only_layers": [1], "decoder_sparse_step": 2}, (3,)),
         ("glm4_moe", {"first_k_dense_replace": 3}, (3,)),
+        ("glm4_moe_lite", {}, (1, 2, 3)),
+        ("mellum", {"mlp_layer_types": ["sparse", "dense", "dense", "sparse"]}, (0, 3)),
+        ("solar_open", {}, (0, 1, 2, 3)),
     ],
 )
 def test_moe_layers_are_those_of_the_stock_model(model_type: str, overrides: dict, indices: tuple[int, ...]) -> None:
@@ -251,6 +254,24 @@ def test_exported_upcycled_model_loads_from_disk(model_type: str, overrides: dic
             "deepseek_v2",
             {"first_k_dense_replace": 2},
             small_spec(router={"top_k": 2, "scaling_factor": 3.0}, shared_experts={"num_experts": 3}),
+        ),
+        ("mellum", {}, small_spec(layers={"only": (0, 1)}, router={"top_k": 1})),
+        (
+            "exaone_moe",
+            {},
+            small_spec(
+                experts={"num_experts": 6, "intermediate_size": 24},
+                shared_experts={"num_experts": 1, "intermediate_size": 72},
+                router={"top_k": 2, "score_function": "sigmoid", "selection_bias": True, "scaling_factor": 3.0},
+            ),
+        ),
+        (
+            "solar_open",
+            {},
+            small_spec(
+                shared_experts={"num_experts": 3},
+                router={"top_k": 2, "score_function": "sigmoid", "selection_bias": True},
+            ),
         ),
         (
             "deepseek_v3",

@@ -59,6 +59,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**LATENT_ATTENTION, **GROUPED, "topk_method": "group_limited_greedy", "n_shared_experts": 2},
     "deepseek_v3": {**LATENT_ATTENTION, **GROUPED},
     "glm4_moe": {**GROUPED, "n_group": 1, "topk_group": 1, "head_dim": 16, "use_qk_norm": True},
+    "glm4_moe_lite": {**LATENT_ATTENTION, **GROUPED, "num_hidden_layers": 2, "n_shared_experts": 2},
+    "dots1": {**GROUPED, "head_dim": 16, "n_shared_experts": 1, "norm_topk_prob": True},
+    "exaone_moe": {
+        **{name: value for name, value in GROUPED.items() if name != "n_routed_experts"},
+        "num_experts": 8,
+        "num_shared_experts": 2,
+        "head_dim": 16,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "solar_open": {
+        **{name: value for name, value in GROUPED.items() if name != "first_k_dense_replace"},
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+    },
+    "mellum": {
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "head_dim": 16,
+        "mlp_layer_types": ["dense", "sparse"],
+    },
+    "flex_olmo": {"intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3},
     "gpt_oss": {
         "intermediate_size": 16,
         "num_local_experts": 8,
@@ -92,6 +116,8 @@ VARIATIONS: list[tuple[str, dict[str, Any]]] = [
     ("deepseek_v3", {"norm_topk_prob": False, "first_k_dense_replace": 0}),
     ("deepseek_v3", {"n_group": 1, "topk_group": 1, "n_shared_experts": 2, "q_lora_rank": None}),
     ("glm4_moe", {"n_group": 4, "topk_group": 2}),
+    ("mellum", {"norm_topk_prob": False, "mlp_layer_types": ["sparse", "sparse"]}),
+    ("exaone_moe", {"norm_topk_prob": False, "n_group": 1, "topk_group": 1}),
     ("granitemoe", {"tie_word_embeddings": True, "num_experts_per_tok": 3}),
 ]
 

@@ -154,9 +154,13 @@ def pooled_loss(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torc
     return model(**inputs, labels=inputs["input_ids"]).loss
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe"])
+@pytest.mark.parametrize(
+    "model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "mellum", "olmoe", "flex_olmo", "gpt_oss", "granitemoe"]
+)
 def test_balance_loss_of_one_layer_is_the_stock_models(model_type: str) -> None:
-    stock = stock_model(model_type, num_hidden_layers=1, output_router_logits=True, router_aux_loss_coef=0.1).train()
+    overrides = {"mlp_layer_types": ["sparse"], "layer_types": ["full_attention"]} if model_type == "mellum" else {}
+    overrides |= {"num_hidden_layers": 1, "output_router_logits": True, "router_aux_loss_coef": 0.1}
+    stock = stock_model(model_type, **overrides).train()
     model = moesaic.convert(stock)
     inputs = left_padded()
     theirs, ours = pooled_loss(stock, inputs), pooled_loss(model, inputs)

@@ -76,6 +76,12 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v2": Family(),
     "deepseek_v3": Family(),
     "glm4_moe": Family(),
+    "glm4_moe_lite": Family(),
+    "dots1": Family(),
+    "exaone_moe": Family(),
+    "solar_open": Family(),
+    "mellum": Family(),
+    "flex_olmo": Family(),
     "gpt_oss": Family(returns_tuple=True),
     "granitemoe": Family(feed_forward="block_sparse_moe", finish_logits=_divide_logits),
 }

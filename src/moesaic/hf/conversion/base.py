@@ -100,3 +100,18 @@ def activation_field(config: PreTrainedConfig, spec: MoESpec) -> dict[str, Any]:
     """`hidden_act` for the experts of `spec`, unless dense layers, which share the field, remain."""
     all_moe = len(spec.layers.indices(config.num_hidden_layers)) == config.num_hidden_layers
     return {"hidden_act": spec.experts.activation} if all_moe and spec.experts.activation in ACTIVATIONS else {}
+
+
+def sparse_layers(config: PreTrainedConfig) -> dict[str, Any]:
+    """Placement by the config's list of "dense" and "sparse" layers."""
+    only = [index for index, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
+    if not only:
+        raise unsupported(config, "mlp_layer_types", "leaves no MoE layer", "use moesaic.upcycle for dense models")
+    return {"only": only}
+
+
+def mlp_layer_types(config: PreTrainedConfig, spec: MoESpec) -> dict[str, Any]:
+    """The list from which `sparse_layers` reads the placement of `spec`."""
+    sparse = spec.layers.indices(config.num_hidden_layers)
+    kinds = ["sparse" if index in sparse else "dense" for index in range(config.num_hidden_layers)]
+    return {"mlp_layer_types": kinds}

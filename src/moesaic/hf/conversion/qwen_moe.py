@@ -1,4 +1,4 @@
-"""OLMoE and Qwen MoE: softmax over all experts, top-k, renormalisation as `norm_topk_prob` says."""
+"""OLMoE, Qwen MoE and their relatives: softmax over all experts, top-k, renormalisation as `norm_topk_prob` says."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from moesaic.hf.conversion.base import FamilyConversion, activation_field, read_balance, top_k_router
+from moesaic.hf.conversion.base import (
+    FamilyConversion,
+    activation_field,
+    mlp_layer_types,
+    read_balance,
+    sparse_layers,
+    top_k_router,
+)
 from moesaic.hf.router_presets import rules, unsupported
 from moesaic.layer import MoESpec
 
 
 class OlmoeConversion(FamilyConversion):
-    """`olmoe` (arXiv 2409.02060): every layer is an MoE layer."""
+    """`olmoe` (arXiv 2409.02060) and `flex_olmo`: every layer is an MoE layer."""
 
     def values(self, config: PreTrainedConfig) -> dict[str, Any]:
         return {
@@ -40,7 +47,7 @@ class Qwen3MoeConversion(FamilyConversion):
     """`qwen3_moe`: some layers may be dense."""
 
     def values(self, config: PreTrainedConfig) -> dict[str, Any]:
-        layers = _placement(config)
+        layers = self.placement(config)
         return {
             "experts": {
                 "num_experts": config.num_experts,
@@ -53,16 +60,34 @@ class Qwen3MoeConversion(FamilyConversion):
         }
 
     def restrict(self, config: PreTrainedConfig, spec: MoESpec) -> dict[str, Any]:
-        moe_layers = spec.layers.indices(config.num_hidden_layers)
         return {
             "num_experts": spec.experts.num_experts,
             "num_experts_per_tok": top_k_router(spec).top_k,
             "moe_intermediate_size": spec.experts.intermediate_size,
             "norm_topk_prob": _sums_to_one(spec),
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [index for index in range(config.num_hidden_layers) if index not in moe_layers],
+            **self.placement_fields(config, spec),
             **activation_field(config, spec),
         }
+
+    def placement(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """Which layers are MoE, as the `layers` section of a spec."""
+        return _placement(config)
+
+    def placement_fields(self, config: PreTrainedConfig, spec: MoESpec) -> dict[str, Any]:
+        """The config fields from which `placement` reads that of `spec`."""
+        moe_layers = spec.layers.indices(config.num_hidden_layers)
+        dense = [index for index in range(config.num_hidden_layers) if index not in moe_layers]
+        return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+
+
+class MellumConversion(Qwen3MoeConversion):
+    """`mellum`: the same with a list of dense and sparse layers."""
+
+    def placement(self, config: PreTrainedConfig) -> dict[str, Any]:
+        return sparse_layers(config)
+
+    def placement_fields(self, config: PreTrainedConfig, spec: MoESpec) -> dict[str, Any]:
+        return mlp_layer_types(config, spec)
 
 
 class Qwen2MoeConversion(Qwen3MoeConversion):

@@ -6,21 +6,27 @@ from transformers import PreTrainedConfig
 
 from moesaic.errors import UnsupportedModel
 from moesaic.hf.conversion.base import FamilyConversion
-from moesaic.hf.conversion.deepseek import DeepseekV2Conversion, DeepseekV3Conversion
+from moesaic.hf.conversion.deepseek import DeepseekV2Conversion, DeepseekV3Conversion, Fields
 from moesaic.hf.conversion.gpt_oss import GptOssConversion
 from moesaic.hf.conversion.granitemoe import GraniteMoeConversion
 from moesaic.hf.conversion.mixtral import MixtralConversion
-from moesaic.hf.conversion.qwen_moe import OlmoeConversion, Qwen2MoeConversion, Qwen3MoeConversion
+from moesaic.hf.conversion.qwen_moe import MellumConversion, OlmoeConversion, Qwen2MoeConversion, Qwen3MoeConversion
 from moesaic.layer import MoESpec
 
 CONVERSIONS: dict[str, FamilyConversion] = {
     "mixtral": MixtralConversion(),
     "qwen2_moe": Qwen2MoeConversion(),
     "qwen3_moe": Qwen3MoeConversion(),
+    "mellum": MellumConversion(),
     "olmoe": OlmoeConversion(),
+    "flex_olmo": OlmoeConversion(),
     "deepseek_v2": DeepseekV2Conversion(),
     "deepseek_v3": DeepseekV3Conversion(),
+    "dots1": DeepseekV3Conversion(),
+    "exaone_moe": DeepseekV3Conversion(Fields("num_experts", "num_shared_experts", "mlp_layer_types")),
     "glm4_moe": DeepseekV3Conversion(),
+    "glm4_moe_lite": DeepseekV3Conversion(Fields(layers="mlp_layer_types")),
+    "solar_open": DeepseekV3Conversion(Fields(layers=None)),
     "gpt_oss": GptOssConversion(),
     "granitemoe": GraniteMoeConversion(),
 }
