@@ -50,6 +50,14 @@ MOVING_BALANCE = {
         {"type": "z_loss", "coefficient": 0.001, "adaptive": {"capacity_factor": 1.0, "decay": 0.8}},
     ],
 }
+# Routing that freezes after step 4 of 8; ids go up to the size of the tokenizer of `data_config`.
+STABLE = {
+    "router": {"type": "stable", "vocabulary_size": 280, "width": 8, "freeze_at": 0.5},
+    "balance": [
+        {"type": "stable_balance", "coefficient": 0.3},
+        {"type": "router", "loss": "distillation", "coefficient": 1.0},
+    ],
+}
 
 
 def write_corpus(folder: Path) -> None:

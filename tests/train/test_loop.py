@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tests.train.builders import DOMAINS, MOVING_BALANCE, data_config, tiny_run
+from tests.train.builders import DOMAINS, MOVING_BALANCE, STABLE, data_config, tiny_run
 from torch import Tensor
 
 from moesaic.errors import TrainingError
@@ -25,6 +25,8 @@ def comparable(path) -> list[dict]:
         (MOVING_BALANCE, {"accumulation_steps": 2}),
         ({"router": {"type": "null_experts", "top_k": 3, "num_null": 4}}, {}),
         ({"router": {"type": "recurrent", "top_k": 2, "state_size": 8}}, {"gradient_checkpointing": True}),
+        ({"router": {"type": "dense_to_sparse", "threshold": 0.1}}, {"gradient_checkpointing": True}),
+        (STABLE, {"accumulation_steps": 2}),
     ],
 )
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(data, tmp_path, monkeypatch, moe, settings):
@@ -54,6 +56,40 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(data, 
     assert all(
         torch.equal(tensor, expected[name]) for name, tensor in load_model(resumed.checkpoint).state_dict().items()
     )
+
+
+@pytest.mark.parametrize(
+    ("router", "buffer", "values"),
+    [
+        ({"type": "dense_to_sparse", "temperature": {"start": 1.6, "end": 0.8}}, "temperature", [1.5, 1.2, 0.8]),
+        ({"type": "scheduled_top_k", "top_k": {"start": 1, "end": 4}, "frozen": True}, "current_top_k", [1, 3, 4]),
+    ],
+)
+def test_routers_follow_their_schedule(make_trainer, data, router, buffer, values):
+    """After steps 1, 4 and 8 of 8."""
+    trainer = make_trainer(tiny_run(data.config, moe={"router": router, "balance": []}))
+    gates = [block.gate for block in trainer.model.moe_blocks().values()]
+    found = []
+    for _ in range(8):
+        trainer.train_step()
+        found.append([getattr(gate, buffer).item() for gate in gates])
+    assert [found[step - 1] for step in (1, 4, 8)] == [pytest.approx([value] * len(gates)) for value in values]
+
+
+def test_stable_routing_is_learned_then_frozen(make_trainer, data):
+    trainer = make_trainer(tiny_run(data.config, moe=STABLE))
+    gates = [block.gate for block in trainer.model.moe_blocks().values()]
+    losses, tables = [], []
+    for _ in range(8):
+        losses.append(trainer.train_step().aux_losses["distillation"])
+        tables.append([gate.expert_of_token.clone() for gate in gates])
+    assert all(loss > 0 for loss in losses[:4])
+    assert losses[4:] == [0.0] * 4
+    for layer in range(len(gates)):
+        assert (tables[2][layer] == -1).all()
+        assert (tables[3][layer] >= 0).all()
+        assert torch.equal(tables[3][layer], tables[7][layer])
+    assert not torch.equal(tables[3][0], tables[3][1])  # each layer distils its own
 
 
 def test_auto_starts_then_finds_nothing_left_to_do(data, tmp_path):
