@@ -27,10 +27,11 @@ def check_implementation(name: str, spec: MoESpec) -> None:
     """Refuse an `experts_implementation` that would compute garbage for picks of no expert.
 
     Raises:
-        UnsupportedKernel: if the router or capacity of `spec` makes such picks and `name` is not known to skip them.
+        UnsupportedKernel: if the router, capacity or depth of `spec` makes such picks and `name` is not known to skip them.
     """
     if spec.may_skip and not supports_no_expert(name):
-        part = "capacity" if spec.capacity is not None else f"router {spec.router.type}"
+        parts = {f"router {spec.router.type}": spec.router.may_skip, "capacity": spec.capacity, "depth": spec.depth}
+        part = next(name for name, skips in parts.items() if skips)
         known = ", ".join(sorted(_SKIP_NO_EXPERT))
         raise UnsupportedKernel(
             f"experts_implementation = {name!r} is not known to skip picks of no expert, which the {part} of this model "

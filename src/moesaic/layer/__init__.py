@@ -13,6 +13,7 @@ from moesaic.layer.balance import (
     AdaptiveCoefficient,
     BalanceLoss,
     CommunicationBalance,
+    DepthLoss,
     DeviceBalance,
     GlobalEntropy,
     Importance,
@@ -31,6 +32,7 @@ from moesaic.layer.balance import (
 )
 from moesaic.layer.block import MoEBlock
 from moesaic.layer.capacity import CapacityConfig, limit_capacity
+from moesaic.layer.depth import DepthConfig
 from moesaic.layer.experts import Experts, ExpertsConfig
 from moesaic.layer.load import LayerLoad, all_reduce_loads, loads_of
 from moesaic.layer.permutation import Order, gather, order, restore
@@ -119,6 +121,8 @@ __all__ = [
     "DenseRouter",
     "DenseToSparseConfig",
     "DenseToSparseRouter",
+    "DepthConfig",
+    "DepthLoss",
     "DeviceBalance",
     "ExpertChoiceConfig",
     "ExpertChoiceRouter",

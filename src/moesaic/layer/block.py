@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.layer.capacity import limit_capacity
+from moesaic.layer.depth import Passing
 from moesaic.layer.experts import ActivationName, Experts
 from moesaic.layer.load import LayerLoad
 from moesaic.layer.record import RoutingContext
 from moesaic.layer.routers import Router
 from moesaic.layer.routers.base import fill_buffer
+from moesaic.layer.routers.inputs import linear
 from moesaic.layer.schedule import value_at
 from moesaic.layer.shared_experts import SharedExperts
 from moesaic.layer.spec import MoESpec
@@ -22,7 +24,8 @@ class MoEBlock(nn.Module):
     """y = sum over picks of weight * expert(x) + shared(x).
 
     Children are named as in transformers, PEFT and vLLM: `gate` (the router), `experts`, `shared_experts`, and
-    `shared_expert_gate` where the shared experts are scaled by a sigmoid.
+    `shared_expert_gate` where the shared experts are scaled by a sigmoid. `depth_gate` decides which tokens pass the
+    block where some may not.
 
     Args:
         spec: what to build.
@@ -39,6 +42,8 @@ class MoEBlock(nn.Module):
         self.gate: Router = spec.router.build(hidden_size, spec.experts.num_experts)
         self.gate.layer = layer
         self.capacity = spec.capacity
+        self.depth = spec.depth
+        self.depth_gate = nn.Linear(hidden_size, 1, bias=False) if spec.depth is not None else None
         self.experts = experts if experts is not None else Experts(spec.experts, hidden_size)
         if isinstance(self.experts, Experts):
             self.experts.may_skip = spec.may_skip
@@ -95,9 +100,13 @@ class MoEBlock(nn.Module):
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
         """Apply the block to (..., D); the routing is committed to `context` if there is one."""
         x_TD = x.reshape(-1, x.shape[-1])
-        routing = self.gate(x_TD, context)
+        passing = self._passing(x_TD, context)
+        inside = context if passing is None else passing.inside(context)
+        routing = self.gate(x_TD, inside)
         if self.capacity is not None:
-            routing = limit_capacity(routing, self.capacity, context, training=self.training, layer=self.layer)
+            routing = limit_capacity(routing, self.capacity, inside, training=self.training, layer=self.layer)
+        if passing is not None:
+            routing = passing.record(routing, context)
         if context is not None:
             context.commit(self.layer, routing)
         if routing.assignment is not None:
@@ -107,10 +116,9 @@ class MoEBlock(nn.Module):
         if routing.identity_weight_T is not None:
             y_TD = y_TD + (routing.identity_weight_T.unsqueeze(-1) * x_TD).to(y_TD.dtype)
         if self.shared_experts is not None:
-            shared_TD = self.shared_experts(x_TD)
-            if self.shared_expert_gate is not None:
-                shared_TD = torch.sigmoid(self.shared_expert_gate(x_TD)) * shared_TD
-            y_TD = y_TD + shared_TD
+            y_TD = y_TD + self._shared(x_TD, passing)
+        if passing is not None:
+            y_TD = passing.scaled(y_TD)
         if self.dropout is not None:
             y_TD = self.dropout(y_TD)
         if context is not None:
@@ -118,3 +126,22 @@ class MoEBlock(nn.Module):
             if context.objective is not None and routing.logits_TN.requires_grad:
                 y_TD = context.objective.attach(y_TD, self.layer, routing, context)
         return y_TD.view(x.shape)
+
+    def _passing(self, x_TD: Tensor, context: RoutingContext | None) -> Passing | None:
+        if self.depth is None or self.depth_gate is None:
+            return None
+        logits_T = linear(x_TD, self.depth_gate.weight).squeeze(-1)
+        return self.depth.choose(logits_T, context, training=self.training)
+
+    def _shared(self, x_TD: Tensor, passing: Passing | None) -> Tensor:
+        """Outputs of the shared experts, 0 for tokens that don't pass the block."""
+        assert self.shared_experts is not None
+        # How many pass is not known to a compiler; it computes all, and the others' outputs are cleared later.
+        if passing is not None and not torch.compiler.is_compiling():
+            row_S = passing.passes_T.nonzero().squeeze(-1)
+            rows_SD = self._shared(x_TD.index_select(0, row_S), None)
+            return rows_SD.new_zeros(x_TD.shape).index_copy(0, row_S, rows_SD)
+        shared_TD = self.shared_experts(x_TD)
+        if self.shared_expert_gate is not None:
+            shared_TD = torch.sigmoid(self.shared_expert_gate(x_TD)) * shared_TD
+        return shared_TD

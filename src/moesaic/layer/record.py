@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -30,6 +30,7 @@ class Routing:
             is `index_TK`. Balance losses count these.
         dropped_TK: picks that found their expert full; None without a capacity.
         identity_weight_T: weight with which the token itself is added to the output, from nulls that pass it on.
+        skipped_T: real tokens that did not pass the layer at all, if some may not (mixture of depths).
         ragged: tokens have different numbers of picks; K is that of the widest token, and means nothing else.
         assignment: how experts get their input when it is not a token for each pick: slots, or merged experts.
         load_TN: differentiable probability of each column to be selected, where the router has one (noisy top-k); the
@@ -49,6 +50,7 @@ class Routing:
     chosen_TK: Tensor | None = None
     dropped_TK: Tensor | None = None
     identity_weight_T: Tensor | None = None
+    skipped_T: Tensor | None = None
     ragged: bool = False
     assignment: Assignment | None = None
     load_TN: Tensor | None = None
@@ -69,6 +71,13 @@ class Routing:
     def top_k(self) -> int:
         """K, the number of picks for each token."""
         return self.index_TK.shape[-1]
+
+    def context_inside(self, context: RoutingContext) -> RoutingContext:
+        """The context in which tokens that skipped the layer are padding, which balance losses leave out."""
+        if self.skipped_T is None:
+            return context
+        passes_T = ~self.skipped_T
+        return replace(context, mask_T=passes_T if context.mask_T is None else context.mask_T & passes_T)
 
     @property
     def choice_TK(self) -> Tensor:

@@ -8,6 +8,7 @@ from moesaic.configuration import Config
 from moesaic.errors import ConfigError
 from moesaic.layer.balance import BalanceConfig, SelectionBiasUpdate
 from moesaic.layer.capacity import CapacityConfig
+from moesaic.layer.depth import DepthConfig
 from moesaic.layer.experts import ExpertsConfig
 from moesaic.layer.routers import RouterConfig
 from moesaic.layer.routers.base import Dependence
@@ -77,6 +78,7 @@ class MoESpec(Config):
         router: how tokens choose experts.
         shared_experts: experts that are always on, or None.
         capacity: how many tokens an expert takes, or None for any number.
+        depth: which tokens pass an MoE layer, or None for all (mixture of depths).
         layers: which layers are MoE.
         balance: losses on the routing, each with its coefficient.
         selection_bias_update: how the load of each step moves the router's selection bias; None leaves it as it is.
@@ -87,6 +89,7 @@ class MoESpec(Config):
     router: RouterConfig
     shared_experts: SharedExpertsConfig | None = None
     capacity: CapacityConfig | None = None
+    depth: DepthConfig | None = None
     layers: LayerPlacement = LayerPlacement()
     balance: tuple[BalanceConfig, ...] = ()
     selection_bias_update: SelectionBiasUpdate | None = None
@@ -112,6 +115,14 @@ class MoESpec(Config):
             raise ConfigError("layers.top_k", self.layers.top_k, f"means nothing to {self.router.type}", "remove it")
         for position in range(max(map(len, filter(None, (self.layers.num_experts, self.layers.top_k))), default=0)):
             self._check_layer(position)
+        if (
+            self.depth is not None
+            and self.depth.decoding == "threshold"
+            and all(loss.type != "depth" for loss in self.balance)
+        ):
+            raise ConfigError(
+                "depth.decoding", "threshold", "is not taught without the balance loss depth", "add it to balance"
+            )
         for index, loss in enumerate(self.balance):
             try:
                 loss.check(self)
@@ -166,13 +177,16 @@ class MoESpec(Config):
     def depends_on(self, training: bool) -> frozenset[Dependence]:
         """What the output of a token depends on besides the token itself and earlier ones of its sequence."""
         limited = frozenset[Dependence]() if self.capacity is None else self.capacity.depends_on(training)
-        return self.router.depends_on(training) | limited
+        passing = frozenset[Dependence]() if self.depth is None else self.depth.depends_on(training)
+        return self.router.depends_on(training) | limited | passing
 
     @property
     def unservable(self) -> str | None:
         """Why a model with these layers can't decode token by token with a cache, or None if it can."""
         if self.router.unservable is not None:
             return f"moe.router: {self.router.unservable}"
+        if self.depth is not None and self.depth.unservable is not None:
+            return f"moe.depth: {self.depth.unservable}"
         if self.capacity is not None and self.capacity.limits(training=False):
             return (
                 "moe.capacity: how full an expert is depends on the tokens in the cache, which are not routed again; "
@@ -182,8 +196,8 @@ class MoESpec(Config):
 
     @property
     def may_skip(self) -> bool:
-        """Whether picks may be no expert, because of the router or the capacity."""
-        return self.router.may_skip or self.capacity is not None
+        """Whether picks may be no expert, because of the router, the capacity or the depth."""
+        return self.router.may_skip or self.capacity is not None or self.depth is not None
 
     @property
     def shared_width(self) -> int:

@@ -228,10 +228,13 @@ def _regions(owner: PreTrainedModel, layers: nn.ModuleList, family: Family) -> d
         regions[feed_forward] = _Region("dense FFN", index)
         if isinstance(feed_forward, MoEBlock):
             router = feed_forward.gate
+            share = 1.0 if feed_forward.depth is None else feed_forward.depth.capacity
             regions[router] = _Region("router", index)
-            regions[feed_forward.experts] = _Region("routed experts", index, router.picks, router.num_experts)
+            regions[feed_forward.experts] = _Region("routed experts", index, router.picks * share, router.num_experts)
             for shared in filter(None, (feed_forward.shared_experts, feed_forward.shared_expert_gate)):
-                regions[shared] = _Region("shared experts", index)
+                regions[shared] = _Region("shared experts", index, share)
+            if feed_forward.depth_gate is not None:
+                regions[feed_forward.depth_gate] = _Region("router", index)
         elif hasattr(feed_forward, "experts"):
             raise UnsupportedModel(
                 f"layer {index} of {type(owner).__name__} holds experts of transformers, whose router is not ours; "

@@ -83,7 +83,7 @@ class RoutingMetricsCallback(TrainerCallback):
         for layer, routing in context.records.items():
             for loss in self._losses:
                 key = f"{loss.name}/layer_{layer}"
-                value = loss.per_sequence(routing, context).mean()
+                value = loss.of_sequences(routing, context).mean()
                 self._sums[key] = self._sums[key] + value if key in self._sums else value
 
     def _take(self) -> dict[str, float]:

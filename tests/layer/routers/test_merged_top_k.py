@@ -29,7 +29,7 @@ def log(scores: list[list[float]]) -> Tensor:
 
 @pytest.mark.parametrize(("normalize", "weights"), [(False, [0.5, 0.3]), (True, [0.625, 0.375])])
 def test_the_best_experts_of_the_mean_token_are_merged(normalize: bool, weights: list[float]) -> None:
-    """Softmax of the mean .1, .5, .3, .1 (arXiv 2310.09832, eq. 5 and 6)."""
+    """Softmax of the mean .1, .5, .3, .1 (arXiv 2310.09832, section 3)."""
     x_TN = log([[0.1, 0.5, 0.3, 0.1]]) + torch.tensor([[1.0], [-1.0]]) * log([[0.4, 0.9, 0.2, 0.7]])
     routing = make_router(4, top_k=2, normalize_top_k=normalize)(x_TN)
     assert routing.index_TK.tolist() == [[1, 2], [1, 2]]

@@ -112,6 +112,7 @@ def _meaning(spec: MoESpec, num_layers: int) -> dict[str, Any]:
         "shared_experts width": spec.shared_width,
         "shared_experts.sigmoid_gate": spec.shared_experts is not None and spec.shared_experts.sigmoid_gate,
         "capacity": None if spec.capacity is None else spec.capacity.to_dict(),
+        "depth": None if spec.depth is None else spec.depth.to_dict(),
         "layers": spec.layers.indices(num_layers),
         "dropout": spec.dropout,
     }

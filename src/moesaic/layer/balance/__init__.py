@@ -9,6 +9,7 @@ from pydantic import Field
 from moesaic.layer.balance.adaptive import AdaptiveCoefficient
 from moesaic.layer.balance.base import BalanceLoss
 from moesaic.layer.balance.coefficients import Coefficients
+from moesaic.layer.balance.depth import DepthLoss
 from moesaic.layer.balance.device_balance import CommunicationBalance, DeviceBalance
 from moesaic.layer.balance.entropy import GlobalEntropy, LocalEntropy
 from moesaic.layer.balance.importance import Importance
@@ -35,6 +36,7 @@ BalanceConfig = Annotated[
     | LocalEntropy
     | GlobalEntropy
     | StableBalance
+    | DepthLoss
     | RouterLoss
     | ZLoss,
     Field(discriminator="type"),
@@ -47,6 +49,7 @@ __all__ = [
     "BalanceObjective",
     "Coefficients",
     "CommunicationBalance",
+    "DepthLoss",
     "DeviceBalance",
     "GlobalEntropy",
     "Importance",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -30,6 +30,8 @@ class BalanceLoss(Config):
         adaptive: let each layer's coefficient follow its drop rate, from `coefficient` on.
         label: name under which the loss is reported; None for its type. Two losses of one type need different names.
     """
+
+    counts_skipped: ClassVar[bool] = False
 
     coefficient: Scheduled
     adaptive: AdaptiveCoefficient | None = None
@@ -59,6 +61,10 @@ class BalanceLoss(Config):
                 "is needed where no capacity drops picks",
                 "set it, for instance to 1.0, or give the layers a capacity",
             )
+
+    def of_sequences(self, routing: Routing, context: RoutingContext) -> Tensor:
+        """`per_sequence` over the tokens that passed the layer, or over all if the loss counts skipped ones."""
+        return self.per_sequence(routing, context if self.counts_skipped else routing.context_inside(context))
 
     @abstractmethod
     def per_sequence(self, routing: Routing, context: RoutingContext) -> Tensor:

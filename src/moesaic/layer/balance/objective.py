@@ -60,7 +60,7 @@ class BalanceObjective:
         return _AttachGradient.apply(y, torch.stack(losses).sum(), self)
 
     def _of_layer(self, loss: BalanceLoss, layer: int, routing: Routing, context: RoutingContext) -> Tensor:
-        value = (loss.per_sequence(routing, context) * self.weight_B).sum()
+        value = (loss.of_sequences(routing, context) * self.weight_B).sum()
         coefficient = self.coefficient(loss, layer)
         return (coefficient.to(value) if isinstance(coefficient, Tensor) else coefficient) * value
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.balanced_assignment import balanced_assignment
 from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router
+from moesaic.layer.routers.inputs import linear
 from moesaic.layer.routers.scores import top_k
 from moesaic.layer.routers.sequences import Scope, real_tokens
 
@@ -57,22 +57,17 @@ class BaseAssignmentRouter(Router[BaseAssignmentConfig]):
         self.reset_parameters()
 
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
-        precision = self.precision(x_TD)
-        bias = None if self.bias is None else self.bias.to(precision)
-        # Autocast would run this product in bfloat16, where logits of many experts tie.
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TN = F.linear(x_TD.to(precision), self.weight.to(precision), bias)
+        logits_TN = linear(x_TD, self.weight, self.bias)
         selection_TN = logits_TN.detach()
+        index_T1 = top_k(selection_TN, 1, stable=True)
         if self.training:
             mask_GL = real_tokens(x_TD, context, self.config.scope)
-            logits_GLN = selection_TN.view(*mask_GL.shape, self.num_experts)
-            index_T1 = balanced_assignment(logits_GLN, mask_GL).view(-1, 1)
-        else:
-            index_T1 = top_k(selection_TN, 1, stable=True)
+            assigned_GL = balanced_assignment(selection_TN.view(*mask_GL.shape, self.num_experts), mask_GL)
+            index_T1 = torch.where(mask_GL.view(-1, 1), assigned_GL.view(-1, 1), index_T1)
         scores_TN = logits_TN.sigmoid()
         return Routing(
             index_TK=index_T1,
-            weight_TK=F.pad(scores_TN, (0, 1)).gather(-1, index_T1),  # padding has no expert
+            weight_TK=scores_TN.gather(-1, index_T1),
             logits_TN=logits_TN,
             scores_TN=scores_TN,
             selection_TN=selection_TN,

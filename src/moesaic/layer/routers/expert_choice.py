@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -14,9 +13,10 @@ from moesaic.errors import ConfigError
 from moesaic.layer.load import LayerLoad
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router, fill_buffer
+from moesaic.layer.routers.inputs import linear
 from moesaic.layer.routers.plans import capped_plan
 from moesaic.layer.routers.scores import ScoreFunction, score
-from moesaic.layer.routers.sequences import Scope, real_tokens
+from moesaic.layer.routers.sequences import Scope, best_first, real_tokens, take
 
 
 class ExpertChoiceConfig(BaseRouterConfig):
@@ -152,10 +152,7 @@ class ExpertChoiceRouter(Router[ExpertChoiceConfig]):
             fill_buffer(self.num_updates, torch.zeros((), dtype=torch.int64))
 
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
-        config, precision = self.config, self.precision(x_TD)
-        # Autocast would run this product in bfloat16, where scores of many tokens tie.
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TN = F.linear(x_TD.to(precision), self.weight.to(precision))
+        config, logits_TN = self.config, linear(x_TD, self.weight)
         scores_TN = score(logits_TN, config.score_function)
         mask_GL = real_tokens(x_TD, context, config.scope)
         selection_TN = scores_TN.detach()
@@ -220,28 +217,15 @@ class ExpertChoiceRouter(Router[ExpertChoiceConfig]):
         return f"num_experts={self.num_experts}, capacity_factor={config.capacity_factor}, scope={config.scope}"
 
 
-def take(scores_GLN: Tensor, mask_GL: Tensor, capacity_G: Tensor) -> Tensor:
-    """Which tokens each expert takes: the `capacity_G` real ones of each group with its largest scores, (G, L, N)."""
-    mask_GL1 = mask_GL.unsqueeze(-1)
-    order_GLN = _best_first(scores_GLN, mask_GL1)
-    rank_L = torch.arange(scores_GLN.shape[1], device=scores_GLN.device)
-    rank_GLN = torch.empty_like(order_GLN).scatter(1, order_GLN, rank_L.view(1, -1, 1).expand_as(order_GLN))
-    return (rank_GLN < capacity_G.view(-1, 1, 1)) & mask_GL1
-
-
 def lowest_taken(scores_GLN: Tensor, mask_GL: Tensor, capacity_G: Tensor) -> dict[str, Tensor]:
     """The lowest of each expert's C largest scores, summed over groups that have tokens (N,), and their number."""
     if not scores_GLN.shape[1]:
         return {"lowest_taken": scores_GLN.new_zeros(scores_GLN.shape[-1]), "groups": scores_GLN.new_zeros(())}
-    order_GLN = _best_first(scores_GLN, mask_GL.unsqueeze(-1))
+    order_GLN = best_first(scores_GLN, mask_GL.unsqueeze(-1))
     last_G1N = (capacity_G - 1).clamp(min=0).view(-1, 1, 1).expand(-1, 1, scores_GLN.shape[-1])
     lowest_GN = scores_GLN.gather(1, order_GLN.gather(1, last_G1N)).squeeze(1)
     filled_G = (capacity_G > 0).to(scores_GLN.dtype)
     return {"lowest_taken": (lowest_GN * filled_G.unsqueeze(-1)).sum(0), "groups": filled_G.sum()}
-
-
-def _best_first(scores_GLN: Tensor, mask_GL1: Tensor) -> Tensor:
-    return scores_GLN.masked_fill(~mask_GL1, -math.inf).sort(dim=1, descending=True, stable=True).indices
 
 
 def ragged(picked_TN: Tensor) -> Tensor:

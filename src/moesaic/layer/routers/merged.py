@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from moesaic.layer.noise import uniform
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import Dependence, Router
-from moesaic.layer.routers.merging import MergingConfig, merged_routing, router_logits
+from moesaic.layer.routers.inputs import linear
+from moesaic.layer.routers.merging import MergingConfig, merged_routing
 from moesaic.layer.routers.sequences import mean_of_tokens, real_tokens, sequences
 
 
@@ -70,7 +71,7 @@ class MergedRouter(Router[MergedConfig]):
             mean_BD = F.layer_norm(mean_BD, width)
         if config.normalize_weight:
             weight_ND = F.layer_norm(weight_ND, width)
-        logits_BSN = router_logits(mean_BD, weight_ND).unsqueeze(1)
+        logits_BSN = linear(mean_BD, weight_ND).unsqueeze(1)
         scores_BSN = logits_BSN.softmax(-1)
         weight_BSN = scores_BSN
         if self.training and config.expert_dropout:

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import Dependence, Router, check_top_k
-from moesaic.layer.routers.merging import MergingConfig, merged_routing, router_logits
+from moesaic.layer.routers.inputs import linear
+from moesaic.layer.routers.merging import MergingConfig, merged_routing
 from moesaic.layer.routers.scores import ScoreFunction, score, top_k
 from moesaic.layer.routers.sequences import mean_of_tokens, real_tokens, sequences
 
 
 class MergedTopKConfig(MergingConfig):
-    """Fields of merging the selected experts (MEO, He et al., arXiv 2310.09832, section 3.2).
+    """Fields of merging the selected experts (MEO, He et al., arXiv 2310.09832, section 3).
 
     Attributes:
         top_k: experts that are merged for a sequence (K).
@@ -58,7 +59,7 @@ class MergedTopKRouter(Router[MergedTopKConfig]):
         config, (batch, length) = self.config, sequences(x_TD.shape[0], context)
         mask_BL = real_tokens(x_TD, context)
         x_BLD = x_TD.to(self.precision(x_TD)).view(batch, length, x_TD.shape[-1])
-        logits_BSN = router_logits(mean_of_tokens(x_BLD, mask_BL), self.weight, self.bias).unsqueeze(1)
+        logits_BSN = linear(mean_of_tokens(x_BLD, mask_BL), self.weight, self.bias).unsqueeze(1)
         scores_BSN = score(logits_BSN, config.score_function)
         index_BSK = top_k(scores_BSN.detach(), config.top_k, stable=True)
         weight_BSK = scores_BSN.gather(-1, index_BSK)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.layer.assignment import Merge
@@ -17,13 +16,6 @@ class MergingConfig(BaseRouterConfig):
     @property
     def refuses_capacity(self) -> str | None:
         return "experts are merged, so that none can be full"
-
-
-def router_logits(x_GD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """Linear logits of each group, in the precision of `x_GD`, also under autocast."""
-    bias_N = None if bias_N is None else bias_N.to(x_GD.dtype)
-    with torch.autocast(x_GD.device.type, enabled=False):
-        return F.linear(x_GD, weight_ND.to(x_GD.dtype), bias_N)
 
 
 def merged_routing(

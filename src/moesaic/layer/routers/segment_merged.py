@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import Dependence, Router
-from moesaic.layer.routers.merging import MergingConfig, merged_routing, router_logits
+from moesaic.layer.routers.inputs import linear
+from moesaic.layer.routers.merging import MergingConfig, merged_routing
 from moesaic.layer.routers.sequences import real_tokens, sequences
 
 
@@ -73,7 +74,7 @@ class SegmentMergedRouter(Router[SegmentMergedConfig]):
             mean_BSD = torch.bmm(member.transpose(1, 2), x_BLD)
         mean_BSD = mean_BSD / member.sum(1).clamp(min=1).unsqueeze(-1)
         before_BSD = torch.cat([mean_BSD[:, :1].detach(), mean_BSD[:, :-1]], dim=1)
-        logits_BSN = router_logits(before_BSD, self.weight)
+        logits_BSN = linear(before_BSD, self.weight)
         if self.config.first_segment == "equal":
             logits_BSN = torch.cat([torch.zeros_like(logits_BSN[:, :1]), logits_BSN[:, 1:]], dim=1)
         scores_BSN = logits_BSN.softmax(-1)

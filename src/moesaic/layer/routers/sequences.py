@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -32,3 +33,17 @@ def mean_of_tokens(x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
     # Not a product with the mask: padding may hold anything, also infinity.
     total_BD = x_BLD.masked_fill(~mask_BL1, 0).sum(1)
     return total_BD / mask_BL1.sum(1).clamp(min=1)
+
+
+def take(scores_GLN: Tensor, mask_GL: Tensor, capacity_G: Tensor) -> Tensor:
+    """Which tokens each expert takes: the `capacity_G` real ones of each group with its largest scores, (G, L, N)."""
+    mask_GL1 = mask_GL.unsqueeze(-1)
+    order_GLN = best_first(scores_GLN, mask_GL1)
+    rank_L = torch.arange(scores_GLN.shape[1], device=scores_GLN.device)
+    rank_GLN = torch.empty_like(order_GLN).scatter(1, order_GLN, rank_L.view(1, -1, 1).expand_as(order_GLN))
+    return (rank_GLN < capacity_G.view(-1, 1, 1)) & mask_GL1
+
+
+def best_first(scores_GLN: Tensor, mask_GL1: Tensor) -> Tensor:
+    """Tokens of each group from the largest to the lowest score with each expert; ties go to the earlier token."""
+    return scores_GLN.masked_fill(~mask_GL1, -math.inf).sort(dim=1, descending=True, stable=True).indices

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router, check_top_k
+from moesaic.layer.routers.inputs import linear
 from moesaic.layer.routers.plans import balanced_plan
 from moesaic.layer.routers.scores import ScoreFunction, score, top_k
 from moesaic.layer.routers.sequences import Scope, real_tokens
@@ -68,11 +68,7 @@ class SinkhornRouter(Router[SinkhornConfig]):
         self.reset_parameters()
 
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
-        config, precision = self.config, self.precision(x_TD)
-        bias = None if self.bias is None else self.bias.to(precision)
-        # Autocast would run this product in bfloat16, where logits of many experts tie.
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TN = F.linear(x_TD.to(precision), self.weight.to(precision), bias)
+        config, logits_TN = self.config, linear(x_TD, self.weight, self.bias)
         selection_TN = logits_TN.detach()
         if self.training:
             mask_GL = real_tokens(x_TD, context, config.scope)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from moesaic.layer.assignment import Slots
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router
+from moesaic.layer.routers.inputs import linear
 from moesaic.layer.routers.sequences import real_tokens
 
 
@@ -91,9 +91,7 @@ class SoftSlotsRouter(Router[SoftSlotsConfig]):
         x_TD, weight_PD = x_TD.to(precision), self.weight.to(precision)
         if self.scale is not None:
             x_TD, weight_PD = self._unit(x_TD), self._unit(weight_PD) * self.scale.to(precision)
-        # Autocast would run this product in bfloat16.
-        with torch.autocast(x_TD.device.type, enabled=False):
-            return F.linear(x_TD, weight_PD)
+        return linear(x_TD, weight_PD)
 
     def _unit(self, rows: Tensor) -> Tensor:
         return rows * (rows.square().sum(-1, keepdim=True) + self.config.normalization_epsilon).rsqrt()
