@@ -27,6 +27,14 @@ def test_stages_do_not_matter_to_routers_without_state() -> None:
     MoesaicForCausalLM(config)
 
 
+@pytest.mark.parametrize("router", [{"type": "hash"}, {"type": "stable"}], ids=str)
+def test_routers_by_token_id_know_every_id(router: dict) -> None:
+    values = {"experts": {"num_experts": 4, "intermediate_size": 8}, "router": router | {"vocabulary_size": 63}}
+    with pytest.raises(ConfigError, match=r"moe\.router\.vocabulary_size = 63 is smaller .* \(64\); set it to 64"):
+        moesaic.build(backbone_config("llama", vocab_size=64), MoESpec.from_dict(values))
+    moesaic.build(backbone_config("llama", vocab_size=63), MoESpec.from_dict(values))
+
+
 def test_layers_may_differ_in_experts_and_picks() -> None:
     spec = tiny_spec(layers={"only": [0, 2], "num_experts": [2, 8], "top_k": [1, 4]})
     model = moesaic.build(backbone_config("llama"), spec)

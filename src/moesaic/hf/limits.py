@@ -51,3 +51,21 @@ def check_pipeline(config: PreTrainedConfig, spec: MoESpec) -> None:
             "pipeline stages pass hidden states only",
             "set pp_size to 1 and use data, expert or tensor parallelism",
         )
+
+
+def check_vocabulary(config: PreTrainedConfig, spec: MoESpec) -> None:
+    """Refuse routers by token id that know fewer ids than the model has.
+
+    Args:
+        config: whose text config says how many ids there are.
+        spec: the MoE layers.
+
+    Raises:
+        ConfigError: naming the router's field.
+    """
+    known = getattr(spec.router, "vocabulary_size", None)
+    size = config.get_text_config().vocab_size
+    if known is not None and known < size:
+        raise ConfigError(
+            "moe.router.vocabulary_size", known, f"is smaller than the model's vocabulary ({size})", f"set it to {size}"
+        )

@@ -17,7 +17,7 @@ from moesaic.hf.backbone import CONTEXT, build_backbone, moe_blocks
 from moesaic.hf.configuration import MoesaicConfig
 from moesaic.hf.experts import IMPLEMENTATION, check_implementation
 from moesaic.hf.families import family_of
-from moesaic.hf.limits import check_needs, check_pipeline
+from moesaic.hf.limits import check_needs, check_pipeline, check_vocabulary
 from moesaic.hf.output import MoeCausalLMOutput, MoeModelOutput
 from moesaic.layer import MoEBlock, Router, RoutingContext
 from moesaic.layer.balance import BalanceObjective, Coefficients
@@ -86,6 +86,7 @@ class MoesaicModel(MoesaicPreTrainedModel):
         super().__init__(config)
         spec = config.spec
         check_pipeline(config, spec)
+        check_vocabulary(config, spec)
         self.backbone = build_backbone(config.get_text_config(), config, spec)
         self._unservable = spec.unservable
         self._needs = spec.router.needs
