@@ -14,6 +14,7 @@ from moesaic.hf.configuration import MoesaicConfig
 from moesaic.hf.conversion import convert, export
 from moesaic.hf.model import MoesaicForCausalLM, MoesaicModel, MoesaicPreTrainedModel
 from moesaic.hf.output import MoeCausalLMOutput, MoeModelOutput
+from moesaic.hf.router_presets import ROUTER_PRESETS, UNSUPPORTED_ROUTERS, RouterPreset, router_preset
 
 AutoConfig.register(MoesaicConfig.model_type, MoesaicConfig, exist_ok=True)
 AutoModel.register(MoesaicConfig, MoesaicModel, exist_ok=True)
@@ -22,14 +23,18 @@ checkpoint.register()
 experts.register()
 
 __all__ = [
+    "ROUTER_PRESETS",
+    "UNSUPPORTED_ROUTERS",
     "MoeCausalLMOutput",
     "MoeModelOutput",
     "MoesaicConfig",
     "MoesaicForCausalLM",
     "MoesaicModel",
     "MoesaicPreTrainedModel",
+    "RouterPreset",
     "build",
     "convert",
     "export",
     "read_backbone",
+    "router_preset",
 ]

@@ -388,9 +388,9 @@ ROUTER_PRESETS: dict[str, RouterPreset] = {preset.router: preset for preset in _
 UNSUPPORTED_ROUTERS: dict[str, str] = {
     "doge": "experts are found by product keys: two short lists of keys whose sums score all pairs",
     "inkling": "shared experts compete with routed ones inside the normalised weights",
-    "nllb_moe": "top-2 with a capacity that depends on the batch, and a second expert that may be sampled",
-    "phimoe": "sparsemixer: one expert after the other, with logits masked by their distance to the largest",
-    "switch_transformers": "top-1 with a capacity for each expert and sequence, in an encoder-decoder",
+    "nllb_moe": "top-2 with slots counted over the batch, and experts that take the mask of picks for indices",
+    "phimoe": "sparsemixer: two experts, one after the other, each weighted among those within a distance of the best",
+    "switch_transformers": "top-1 with a fixed number of slots for each expert and sequence, whatever its length",
     "vitpose_backbone": "the caller says which expert each image gets; there is no router",
     "zaya": "an MLP of three layers whose hidden state is added to that of the next layer, and an expert that does nothing",
 }
