@@ -145,6 +145,7 @@ ROUTERS: dict[str, Row] = {
         }
     ),
     "random": Row({"type": "random", "top_k": 2}),
+    "random_skip": Row({"type": "random_skip", "top_k": 2, "keep": 0.5}),
     "random_sequences": Row({"type": "random", "top_k": 3, "unit": "sequence", "evaluation": "random"}),
     "random_ensemble": Row({"type": "random", "top_k": 2, "evaluation": "all"}),
     "stable": Row(

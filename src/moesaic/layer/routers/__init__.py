@@ -24,6 +24,7 @@ from moesaic.layer.routers.normalised import NormalisedConfig, NormalisedRouter
 from moesaic.layer.routers.null_experts import NullExpertsConfig, NullExpertsRouter
 from moesaic.layer.routers.prototyped import PrototypedConfig, PrototypedRouter
 from moesaic.layer.routers.random import RandomConfig, RandomRouter
+from moesaic.layer.routers.random_skip import RandomSkipConfig, RandomSkipRouter
 from moesaic.layer.routers.recurrent import RecurrentConfig, RecurrentRouter
 from moesaic.layer.routers.sampled_second import SampledSecondConfig, SampledSecondRouter
 from moesaic.layer.routers.scheduled_top_k import ScheduledTopKConfig, ScheduledTopKRouter
@@ -61,6 +62,7 @@ RouterConfig = Annotated[
     | NullExpertsConfig
     | PrototypedConfig
     | RandomConfig
+    | RandomSkipConfig
     | RecurrentConfig
     | SampledSecondConfig
     | ScheduledTopKConfig
@@ -111,6 +113,8 @@ __all__ = [
     "PrototypedRouter",
     "RandomConfig",
     "RandomRouter",
+    "RandomSkipConfig",
+    "RandomSkipRouter",
     "RecurrentConfig",
     "RecurrentRouter",
     "Router",
