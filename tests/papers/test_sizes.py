@@ -44,7 +44,8 @@ def test_every_size_gives_runs_that_build(experiment: Experiment, size: str):
     assert experiment.control in arms
     for name, arm in arms.items():
         parent = experiment.arms[name].parent
-        assert parent is None or parent in list(arms)[: list(arms).index(name)]
+        needed = {*experiment.arms[name].after, *([parent] if parent else [])}
+        assert needed <= set(list(arms)[: list(arms).index(name)])
         run = arm.run(3, None if parent is None else Path("initial"))
         assert run.train.seed % 100 == run.data.seed % 100 == 3
         if parent is None:
@@ -89,6 +90,23 @@ def test_rmoe_routers_have_the_parameters_of_the_paper():
     small = {arm: accounting.parts["router"].total for arm, accounting in accounts("rmoe", "cpu").items()}
     for sizes in (found, small):
         assert sizes["mlp"] == pytest.approx(sizes["rmoe"], rel=0.02)
+
+
+def test_adamoe_on_a_gpu_has_the_parameters_of_the_plan():
+    found = accounts("adamoe", "gpu")["pretrained"]
+    assert found.parts["routed experts"].total == 12 * 8 * 3 * 768 * 3072
+    assert found.parts["routed experts"].active == 12 * 2 * 3 * 768 * 3072
+
+
+@pytest.mark.parametrize("size", ["cpu", "gpu"])
+def test_the_nulls_of_adamoe_are_balanced_as_in_the_paper(size: str):
+    for name, arm in arms_of(EXPERIMENTS["adamoe"], size).items():
+        if "num_null" not in arm.fork:
+            continue
+        picks = arm.fork.get("top_k", arm.fork["num_null"] // 8 + 2)
+        [loss] = arm.fork["balance"]
+        assert loss["coefficient"]["start"] == pytest.approx(0.02 * picks), name
+        assert loss["coefficient"]["end"] == pytest.approx(1e-4 * picks), name
 
 
 @pytest.mark.parametrize("size", ["cpu", "gpu"])

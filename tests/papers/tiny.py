@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
 import torch
 
-from moesaic.papers import Arm, Claim, Column, Experiment, Trained
+from moesaic.papers import Arm, Claim, Column, Experiment, Forking, Trained
 from moesaic.papers.claims import lower
 from moesaic.papers.measure import balance, trace
 from moesaic.train import load_model
@@ -18,13 +14,14 @@ def measure(trained: Trained) -> dict[str, float]:
     return balance(trace(trained)) if trained.run.moe is not None else {}
 
 
-def louder_router(checkpoint: Path, folder: Path, options: Mapping[str, Any]) -> None:
-    """The parent's model with router weights multiplied by `options["factor"]`."""
-    model = load_model(checkpoint)
+def louder_router(forking: Forking) -> None:
+    """The parent's model with router weights multiplied by `factor`, for a dense arm that learned something."""
+    assert forking.measured["dense"]["loss"] > 0
+    model = load_model(forking.checkpoint)
     with torch.no_grad():
         for block in model.moe_blocks().values():  # pyright: ignore[reportCallIssue]
-            block.gate.weight *= options["factor"]
-    model.save_pretrained(folder)
+            block.gate.weight *= forking.options["factor"]
+    model.save_pretrained(forking.folder)
 
 
 EXPERIMENT = Experiment(
@@ -36,7 +33,7 @@ EXPERIMENT = Experiment(
     arms={
         "moe": Arm("four experts"),
         "dense": Arm("none"),
-        "forked": Arm("the first with a louder router", parent="moe", fork=louder_router),
+        "forked": Arm("the first with a louder router", parent="moe", fork=louder_router, after=("dense",)),
         "absent": Arm("an arm of another size"),
     },
     control="moe",

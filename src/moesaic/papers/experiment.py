@@ -14,8 +14,25 @@ from moesaic.data import PreparedData
 from moesaic.papers.claims import Claim, Measured
 from moesaic.train import RunConfig
 
-Fork = Callable[[Path, Path, Mapping[str, Any]], None]
-"""Write the model that an arm starts from: (checkpoint of the parent arm, folder to write, the arm's `fork` section)."""
+
+@dataclass(frozen=True)
+class Forking:
+    """What makes the initial model of an arm from its parent's checkpoint.
+
+    Attributes:
+        checkpoint: the parent's last one, of the same seed.
+        folder: where the model goes.
+        options: the arm's `fork` section in the size's file.
+        measured: measurements of the arms that it waits for, of the same seed.
+    """
+
+    checkpoint: Path
+    folder: Path
+    options: Mapping[str, Any]
+    measured: Measured
+
+
+Fork = Callable[[Forking], None]
 
 
 @dataclass(frozen=True)
@@ -26,12 +43,14 @@ class Arm:
         text: what it is, in a line.
         parent: arm from whose last checkpoint it starts, of the same seed.
         fork: makes its initial model of the parent's; None takes the parent's as it is.
+        after: arms whose measurements the fork needs.
         compared: whether it is a result; a stage that others start from is not.
     """
 
     text: str
     parent: str | None = None
     fork: Fork | None = None
+    after: tuple[str, ...] = ()
     compared: bool = True
 
 

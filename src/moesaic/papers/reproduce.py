@@ -168,9 +168,8 @@ def _side_by_side(found: Reproduction, pending: list[Task], shown: Display) -> N
 
 
 def _next_ready(waiting: list[Task], found: Reproduction) -> Task | None:
-    """The first task whose parent is finished."""
-    done = found.results
-    return next((task for task in waiting if task.parent is None or task.parent in done.get(task.seed, {})), None)
+    """The first task for which all that it needs is finished."""
+    return next((task for task in waiting if task.needs <= set(found.results.get(task.seed, {}))), None)
 
 
 def _keep(found: Reproduction, result: ArmResult, task: Task, shown: Display) -> None:

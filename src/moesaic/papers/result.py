@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from moesaic.data import PreparedData, prepare_data
 from moesaic.errors import CheckpointError, TrainingError
 from moesaic.files import atomic_directory, write_text
-from moesaic.papers.experiment import Experiment, Trained
+from moesaic.papers.experiment import Experiment, Forking, Trained
 from moesaic.papers.sizes import SizedArm
 from moesaic.trace import account
 from moesaic.train import CheckpointStore, RunConfig, TrainResult, load_model, overall, read_metrics, train
@@ -69,8 +68,13 @@ class Task:
 
     @property
     def parent(self) -> str | None:
-        """Arm that must be finished first."""
+        """Arm that it starts from."""
         return self.experiment.arms[self.arm.name].parent
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Arms of the same seed that must be finished first."""
+        return frozenset(self.experiment.arms[self.arm.name].after) | ({self.parent} if self.parent else set())
 
     @property
     def initial(self) -> Path | None:
@@ -157,13 +161,25 @@ def _fork(task: Task, initial: Path) -> None:
     checkpoint = CheckpointStore(task.folder_of(task.parent) / CHECKPOINTS, keep=1).latest()
     if checkpoint is None:
         raise TrainingError(f"{task.label} starts from {task.parent}, which has no checkpoint; train that first")
-    fork = task.experiment.arms[task.arm.name].fork or _copy
+    arm = task.experiment.arms[task.arm.name]
+    measured = {name: _measurements_in(task.folder_of(name)) for name in arm.after}
     with atomic_directory(initial) as temporary:
-        fork(checkpoint, temporary, task.arm.fork)
+        (arm.fork or _copy)(Forking(checkpoint, temporary, task.arm.fork, measured))
 
 
-def _copy(checkpoint: Path, folder: Path, options: Mapping[str, Any]) -> None:
-    load_model(checkpoint).save_pretrained(folder)
+def _copy(forking: Forking) -> None:
+    load_model(forking.checkpoint).save_pretrained(forking.folder)
+
+
+def _measurements_in(folder: Path) -> dict[str, float]:
+    """Of an arm that is finished."""
+    path = folder / RESULT_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["measurements"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} can't be read ({error}); run the same command to measure that arm again"
+        ) from error
 
 
 def _measure(task: Task, run: RunConfig, data: PreparedData, result: TrainResult) -> ArmResult:
