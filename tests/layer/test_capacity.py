@@ -34,7 +34,7 @@ LOGITS = torch.tensor(
 )
 # One layer of eight tokens, four experts and two choices each, best first (OpenMoE, arXiv 2402.01739).
 RANKED = torch.tensor([[0, 1], [2, 3], [0, 1], [1, 2], [2, 0], [0, 3], [1, 0], [1, 0]])
-POLICIES = ["position", "probability", "batch_priority", "random"]
+POLICIES = ["position", "probability", "weight", "batch_priority", "random"]
 SCOPES, ORDERS = ["sequence", "batch"], ["token_first", "rank_first"]
 
 
@@ -202,6 +202,15 @@ def test_choice_order_moves_drops_and_not_their_number(order: Any, capacity: int
     assert limited.dropped_TK.sum() == sum(max(0, load - capacity) for load in (6, 5, 3, 2))
 
 
+def test_weights_and_scores_differ_where_weights_are_normalised() -> None:
+    """A token that is unsure about all experts can be sure between its picks."""
+    scores_TN = torch.tensor([[0.3, 0.2, 0.25, 0.25], [0.5, 0.5, 0, 0]])
+    index_TK, weight_TK = torch.tensor([[0, 1], [0, 1]]), torch.tensor([[0.6, 0.4], [0.5, 0.5]])
+    pair = Routing(index_TK, weight_TK, scores_TN, scores_TN, scores_TN)
+    assert kept(limit(pair, config_of(policy="weight")), 0) == [0]
+    assert kept(limit(pair, config_of(policy="probability")), 0) == [1]
+
+
 def test_batch_priority_keeps_the_tokens_whose_best_expert_is_surest() -> None:
     """V-MoE, one slot: tokens come in the order 3, 1, 0, 2, 5, 4."""
     limited = limit(route(LOGITS, 2), config_of(factor=0.25, policy="batch_priority"))
@@ -290,6 +299,7 @@ def plain(routing: Routing, config: CapacityConfig, context: RoutingContext, tra
                 key = {
                     "position": base,
                     "probability": (-own, *base),
+                    "weight": (-routing.weight_TK[token, pick].item(), *base),
                     "batch_priority": (*first, -best, token, rank),
                     "random": (*first, unit[rank], token, rank),
                 }[config.policy]

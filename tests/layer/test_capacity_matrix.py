@@ -18,6 +18,7 @@ CAPACITIES: dict[str, dict[str, Any]] = {
     "position": {},
     "first_choices": {"choice_order": "rank_first", "renormalize": True},
     "probability": {"policy": "probability", "scope": "batch", "renormalize": True},
+    "weight": {"policy": "weight", "rounding": "nearest", "multiple_of": 2},
     "batch_priority": {"policy": "batch_priority", "rounding": "floor"},
     "random": {"policy": "random", "rounding": "tutel"},
 }

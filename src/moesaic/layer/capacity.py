@@ -37,12 +37,13 @@ class CapacityConfig(Config):
         multiple_of: C is rounded up to a multiple of this, last.
         scope: S and the slots are those of each "sequence" on its own, or of the whole micro-"batch" as in DeepSpeed
             and GShard, where tokens of one sequence push out those of another.
-        policy: who gets the slots. "position": the first tokens. "probability": the picks with the highest score.
-            "batch_priority": the tokens whose best picked expert has the highest score (V-MoE). "random": anyone
+        policy: who gets the slots. "position": the first tokens. "probability": the picks with the highest score
+            (DeepSpeed). "weight": those with the highest weight, which differs where weights are normalised over a
+            token's picks (Megatron). "batch_priority": the tokens whose best picked expert has the highest score (V-MoE). "random": anyone
             (DeepSpeed's random token selection), so that late tokens are not dropped more often.
         choice_order: "token_first" fills a token's picks together; "rank_first" places all first choices before any
             second one (GShard, DeepSpeed's top-2). A token's first choice is the picked expert with the highest score.
-            With the policy "probability" this decides between equal scores only.
+            With the policies "probability" and "weight" this decides between equal ones only.
         renormalize: after a drop, scale the weights that are left so that the token keeps the sum of its weights
             (DeepSpeed for K > 1). Otherwise they stay as they were (Megatron).
     """
@@ -53,7 +54,7 @@ class CapacityConfig(Config):
     rounding: Literal["ceil", "floor", "nearest", "tutel"] = "ceil"
     multiple_of: PositiveInt = 1
     scope: Literal["sequence", "batch"] = "sequence"
-    policy: Literal["position", "probability", "batch_priority", "random"] = "position"
+    policy: Literal["position", "probability", "weight", "batch_priority", "random"] = "position"
     choice_order: Literal["token_first", "rank_first"] = "token_first"
     renormalize: bool = False
 
@@ -183,6 +184,8 @@ def _places(
             keys = by_rank
         case "probability":
             keys = [*by_rank, -score_TK]
+        case "weight":
+            keys = [*by_rank, -routing.weight_TK.detach().gather(-1, choice_TK)]
         case "batch_priority":
             keys = [-score_TK[:, :1].expand(-1, top_k), *by_rank]
         case "random":
