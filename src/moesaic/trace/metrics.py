@@ -30,6 +30,56 @@ class TokenShare:
     lift: float
 
 
+@dataclass(frozen=True)
+class FrequencyBucket:
+    """Tokens of the vocabulary that occur about equally often.
+
+    Attributes:
+        least: occurrences of the rarest of them.
+        most: occurrences of the most frequent of them.
+        tokens: occurrences of all of them together.
+        experts: experts that one occurrence ran on average.
+    """
+
+    least: int
+    most: int
+    tokens: int
+    experts: float
+
+
+def experts_per_token(index_TK: Tensor, num_experts: int) -> Tensor:
+    """Number of experts that each token ran, int64 (T,): its picks that are an expert."""
+    return (index_TK < num_experts).sum(-1)
+
+
+def experts_by_frequency(
+    index_TK: Tensor, token_ids_T: Tensor, num_experts: int, buckets: int = 5
+) -> list[FrequencyBucket]:
+    """Mean number of experts run for rare and for frequent tokens, rarest first.
+
+    The vocabulary is sorted by its occurrences in the trace and cut where each bucket holds about T / buckets of them;
+    tokens that occur equally often stay together, so there may be fewer buckets.
+    """
+    if not len(token_ids_T):
+        return []
+    _, vocabulary_T, occurrences_V = torch.unique(token_ids_T, return_inverse=True, return_counts=True)
+    frequency_T = occurrences_V[vocabulary_T]
+    sorted_T = frequency_T.sort().values
+    ends = (torch.arange(1, buckets + 1) * len(sorted_T) // buckets - 1).clamp(min=0)
+    limits = sorted_T[ends].unique()
+    bucket_T = torch.bucketize(frequency_T, limits)
+    experts_T = experts_per_token(index_TK, num_experts).to(torch.float64)
+    return [
+        FrequencyBucket(
+            least=int(frequency_T[inside_T].min()),
+            most=int(frequency_T[inside_T].max()),
+            tokens=int(inside_T.sum()),
+            experts=float(experts_T[inside_T].mean()),
+        )
+        for inside_T in (bucket_T == number for number in range(len(limits)))
+    ]
+
+
 def load_shares(load_N: Tensor) -> Tensor:
     """f_i = n_i / sum_j n_j, float64 (N,): 1 / N everywhere when balanced; zeros if there was no pick."""
     return load_N.to(torch.float64) / load_N.sum().clamp(min=1)

@@ -181,6 +181,10 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
         object.__setattr__(self, name, getattr(owner, name))
         self.borrowed = (*self.borrowed, name)
 
+    def readings(self) -> dict[str, float]:
+        """Numbers of the router itself that say what it has become, such as a learned temperature."""
+        return {}
+
     @property
     def picks(self) -> float:
         """Experts that a token runs on average when the load is balanced."""
