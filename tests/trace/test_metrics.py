@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from moesaic.errors import ConfigError
 from moesaic.trace import TokenShare, coactivation, coactivation_counts, load_shares, relative_load, top_tokens
+from moesaic.trace.metrics import FrequencyBucket, experts_by_frequency, experts_per_token
 
 N = 3  # experts of the worked example; a pick of 3 is no expert
 INDEX_TK = torch.tensor([[0, 1], [1, 0], [0, 2], [2, N], [N, N]])
@@ -76,3 +77,31 @@ def test_ties_go_to_the_higher_count_then_the_lower_id():
 def test_token_ids_of_another_length_are_refused():
     with pytest.raises(ConfigError, match=r"token_ids_T = 4 .*pass 5 ids"):
         top_tokens(INDEX_TK, TOKEN_IDS_T[:4], N)
+
+
+# --- Experts of a token -----------------------------------------------------------------------------------------------
+
+
+def test_experts_per_token_leaves_picks_of_no_expert_out() -> None:
+    index_TK = torch.tensor([[0, 1, 4], [4, 4, 4], [3, 2, 1]])
+    assert experts_per_token(index_TK, 4).tolist() == [2, 0, 3]
+
+
+def test_experts_by_frequency_of_a_hand_made_text() -> None:
+    """Token 7 occurs four times and runs one expert each, token 5 twice with two, tokens 1 and 2 once with three."""
+    token_ids_T = torch.tensor([7, 5, 7, 1, 7, 5, 2, 7])
+    experts = {7: 1, 5: 2, 1: 3, 2: 3}
+    index_TK = torch.tensor([[k if k < experts[token] else 9 for k in range(3)] for token in token_ids_T.tolist()])
+    found = experts_by_frequency(index_TK, token_ids_T, num_experts=9, buckets=4)
+    assert found == [
+        FrequencyBucket(least=1, most=1, tokens=2, experts=3.0),
+        FrequencyBucket(least=2, most=2, tokens=2, experts=2.0),
+        FrequencyBucket(least=4, most=4, tokens=4, experts=1.0),
+    ]
+
+
+def test_tokens_that_occur_equally_often_share_a_bucket() -> None:
+    index_TK = torch.tensor([[0], [1], [0], [2]])
+    found = experts_by_frequency(index_TK, torch.arange(4), num_experts=2, buckets=3)
+    assert found == [FrequencyBucket(least=1, most=1, tokens=4, experts=0.75)]
+    assert experts_by_frequency(index_TK[:0], torch.arange(0), num_experts=2) == []
