@@ -169,7 +169,7 @@ class StatisticsTables:
             return None
         table = Table("layer", title="Experts per token by token frequency", title_justify="left", box=SIMPLE_HEAD)
         for bucket in rows[0].by_frequency:
-            table.add_column(f"{bucket.least}-{bucket.most}×", justify="right")
+            table.add_column(f"{bucket.least}-{bucket.most} times", justify="right")
         for row in rows:
             table.add_row(str(row.layer), *(f"{bucket.experts:.2f}" for bucket in row.by_frequency))
         return table
