@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from moesaic.data import TrainBPE, load_tokenizer
 from moesaic.errors import ConfigError
 from moesaic.hf import MoesaicForCausalLM, build, convert, read_backbone
 from moesaic.layer.balance import max_violation
-from moesaic.trace import account, trace_batches, write_report
+from moesaic.trace import StatisticsTables, account, router_statistics, trace_batches, watch_state, write_report
 from moesaic.train import RunConfig
 
 
@@ -35,7 +36,8 @@ def command(
     """Print parameters (total and active), FLOPs per token and the layer plan; with text, draw the routing.
 
     With --text or --report, the model reads text (of its own run if none is given) and a self-contained HTML page
-    shows expert load, balance, the tokens that experts prefer and which experts are picked together.
+    shows expert load, balance, the tokens that experts prefer and which experts are picked together; a table says how
+    many experts a token ran, by its frequency, what was null or dropped, where, and what a router's state decided.
 
     Example: moesaic inspect runs/demo/moe --report routing.html
     """
@@ -60,13 +62,21 @@ def command(
         report = report or Path("routing.html")
         names = tokenizer_of(folder, network, tokenizer)
         length = sequence_length_for(network)
-        with batches_of(texts, names, folder, batch_size=8, sequence_length=length) as batches:
+        found = batches_of(texts, names, folder, batch_size=8, sequence_length=length)
+        with found as batches, watch_state(network) as influence:
             trace = trace_batches(network, batches, max_tokens=max_tokens)
+        statistics = router_statistics(network, trace, influence)
         facts = {"model": str(model_folder(model)), "text": ", ".join(texts or ["held out by the training run"])}
-        write_report(report, trace, accounting, title=str(model), tokenizer=names, facts=facts)
+        write_report(report, trace, accounting, title=str(model), tokenizer=names, facts=facts, statistics=statistics)
         violation = {layer: float(max_violation(found.load_N)) for layer, found in trace.layers.items()}
-        summary["routing"] = {"tokens": trace.num_tokens, "max_violation": violation, "report": str(report)}
+        summary["routing"] = {
+            "tokens": trace.num_tokens,
+            "max_violation": violation,
+            "routers": [asdict(row) for row in statistics],
+            "report": str(report),
+        }
         if not json:
+            results.print(StatisticsTables(statistics))
             results.print(f"Routing of {trace.num_tokens:,} tokens: {report.resolve()}")
     if json:
         emit_json(summary)

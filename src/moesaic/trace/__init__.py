@@ -5,11 +5,14 @@ from __future__ import annotations
 from moesaic.trace.accounting import Accounting, Count, LayerPlan, account
 from moesaic.trace.batches import trace_batches
 from moesaic.trace.metrics import (
+    FrequencyBucket,
     TokenShare,
     coactivation,
     coactivation_counts,
     drop_rate,
     drop_rate_by_position,
+    experts_by_frequency,
+    experts_per_token,
     load_shares,
     null_share,
     relative_load,
@@ -18,6 +21,13 @@ from moesaic.trace.metrics import (
 from moesaic.trace.positions import PositionCounts
 from moesaic.trace.record import LayerTrace, RoutingTrace, record
 from moesaic.trace.report import write_report
+from moesaic.trace.router_statistics import (
+    RouterStatistics,
+    StateInfluence,
+    StatisticsTables,
+    router_statistics,
+    watch_state,
+)
 from moesaic.trace.specialisation import (
     cross_layer_information,
     domain_information,
@@ -30,10 +40,14 @@ from moesaic.trace.specialisation import (
 __all__ = [
     "Accounting",
     "Count",
+    "FrequencyBucket",
     "LayerPlan",
     "LayerTrace",
     "PositionCounts",
+    "RouterStatistics",
     "RoutingTrace",
+    "StateInfluence",
+    "StatisticsTables",
     "TokenShare",
     "account",
     "coactivation",
@@ -43,6 +57,8 @@ __all__ = [
     "drop_rate",
     "drop_rate_by_position",
     "expert_similarity",
+    "experts_by_frequency",
+    "experts_per_token",
     "gate_entropy",
     "inner_balance",
     "load_shares",
@@ -50,7 +66,9 @@ __all__ = [
     "outer_balance",
     "record",
     "relative_load",
+    "router_statistics",
     "top_tokens",
     "trace_batches",
+    "watch_state",
     "write_report",
 ]

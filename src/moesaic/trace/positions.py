@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -56,3 +57,12 @@ class PositionCounts:
             self.width *= 2
         bucket_T = position_T // self.width
         self._counts.index_add_(1, bucket_T, torch.stack([picks_T, dropped_T]).long())
+
+    @classmethod
+    def total(cls, counts: Iterable[PositionCounts]) -> PositionCounts:
+        """The counts of several together; buckets of unequal width are counted at their first position."""
+        total = cls()
+        for count in counts:
+            starts_P = torch.arange(len(count.picks_P)) * count.width
+            total.add(starts_P, count.picks_P, count.dropped_P)
+        return total

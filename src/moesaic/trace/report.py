@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from moesaic.trace import plots
 from moesaic.trace.accounting import Accounting, short
 from moesaic.trace.metrics import TokenShare, coactivation, load_shares, relative_load, top_tokens
 from moesaic.trace.record import LayerTrace, RoutingTrace
+from moesaic.trace.router_statistics import RouterStatistics
 
 # Matrix cells of all detailed layers together; more would make the page slow to open.
 MAX_CELLS = 400_000
@@ -74,6 +75,7 @@ def write_report(
     title: str,
     tokenizer: Any = None,
     facts: Mapping[str, str] | None = None,
+    statistics: Sequence[RouterStatistics] = (),
     top: int = 8,
     minimum: int = 5,
 ) -> Path:
@@ -86,6 +88,7 @@ def write_report(
         title: name of the model.
         tokenizer: tokenizer of transformers that makes token ids readable; without one, ids are shown.
         facts: further lines for the head of the page (text, checkpoint, command).
+        statistics: of the routers, from `router_statistics`; empty leaves that section out.
         top: tokens listed for each expert.
         minimum: a token counts as specific to an expert from this many picks on.
 
@@ -96,7 +99,7 @@ def write_report(
         ConfigError: if the trace holds no tokens, or only counts.
         OSError: if the file can't be written.
     """
-    write_text(path, render_report(trace, accounting, title, tokenizer, dict(facts or {}), top, minimum))
+    write_text(path, render_report(trace, accounting, title, tokenizer, dict(facts or {}), statistics, top, minimum))
     return Path(path)
 
 
@@ -106,6 +109,7 @@ def render_report(
     title: str,
     tokenizer: Any,
     facts: dict[str, str],
+    statistics: Sequence[RouterStatistics],
     top: int,
     minimum: int,
 ) -> str:
@@ -138,6 +142,9 @@ def render_report(
         details=[_detail(layer, by_layer[layer.layer], trace, top, minimum) for layer in detailed],
         minimum=minimum,
         pairs_shown=PAIRS_SHOWN,
+        statistics=statistics,
+        frequency_plot=_frequency_plot(statistics),
+        position_plot=_position_plot(statistics),
     )
 
 
@@ -233,6 +240,36 @@ def _domain_plot(layer: int, domains: dict[str, list[float]], names: list[str]) 
         column_names=names,
         reference=(1.0, "1 = balanced"),
         mark_zeros=True,
+    )
+
+
+def _frequency_plot(statistics: Sequence[RouterStatistics]) -> Markup | None:
+    """Experts per token by frequency, where tokens differ in the number of their experts."""
+    rows = [row for row in statistics if row.experts_std and row.by_frequency]
+    if not rows:
+        return None
+    return plots.heatmap(
+        np.array([[bucket.experts for bucket in row.by_frequency] for row in rows]),
+        label="Experts that a token ran, by how often it occurs in the text",
+        row_title="layer",
+        column_title="occurrences of the token",
+        row_names=[str(row.layer) for row in rows],
+        column_names=[f"{bucket.least}-{bucket.most}" for bucket in rows[0].by_frequency],
+    )
+
+
+def _position_plot(statistics: Sequence[RouterStatistics]) -> Markup | None:
+    """Drop rate by position, where a capacity dropped anything."""
+    rows = [row for row in statistics if any(row.drops_by_position)]
+    if not rows:
+        return None
+    return plots.heatmap(
+        np.array([row.drops_by_position for row in rows]),
+        label="Share of the picks that were dropped, by position in the sequence",
+        row_title="layer",
+        column_title="quarter of the positions",
+        row_names=[str(row.layer) for row in rows],
+        column_names=[str(quarter + 1) for quarter in range(len(rows[0].drops_by_position))],
     )
 
 

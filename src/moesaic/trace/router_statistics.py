@@ -16,8 +16,18 @@ from torch import Tensor, nn
 from moesaic.errors import ConfigError
 from moesaic.hf import MoesaicModel
 from moesaic.layer import Router, Routing, RoutingContext
-from moesaic.trace.metrics import FrequencyBucket, experts_by_frequency, experts_per_token
+from moesaic.trace.metrics import (
+    FrequencyBucket,
+    drop_rate,
+    drop_rate_by_position,
+    experts_by_frequency,
+    experts_per_token,
+    null_share,
+)
+from moesaic.trace.positions import PositionCounts
 from moesaic.trace.record import LayerTrace, RoutingTrace
+
+QUARTERS = 4
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,8 @@ class RouterStatistics:
         experts_std: its standard deviation; 0 when every token runs as many.
         null_share: share of the selections that were null experts.
         drop_rate: share of the picks of experts that a capacity dropped.
-        drops_by_position: drop rate in equal parts of the positions, first to last; empty without a capacity.
+        unserved: share of the tokens that no expert computed.
+        drops_by_position: drop rate in the quarters of the positions, first to last; empty without a capacity.
         by_frequency: experts run for tokens of the vocabulary by how frequent they are, rarest first.
         state_influence: share of picks that would be others had the state of the layers below been zero; None for
             routers without a state.
@@ -44,6 +55,7 @@ class RouterStatistics:
     experts_std: float
     null_share: float
     drop_rate: float
+    unserved: float
     drops_by_position: list[float] = field(default_factory=list)
     by_frequency: list[FrequencyBucket] = field(default_factory=list)
     state_influence: float | None = None
@@ -125,13 +137,21 @@ def _statistics(
         router=router.config.type,
         experts_mean=float(experts_T.mean()),
         experts_std=float(experts_T.std(correction=0)),
-        null_share=layer.null_share,
-        drop_rate=layer.drop_rate,
-        drops_by_position=layer.drops_by_position,
+        null_share=null_share(layer.chosen_M, layer.num_experts),
+        drop_rate=drop_rate(layer.chosen_M, layer.num_experts, layer.dropped),
+        unserved=layer.unserved / max(layer.tokens, 1),
+        drops_by_position=_drops_by_position(layer),
         by_frequency=[] if ids_T is None else experts_by_frequency(layer.index_TK, ids_T, layer.num_experts, buckets),
         state_influence=None if influence is None else influence.of_layer(layer.layer),
         readings=router.readings(),
     )
+
+
+def _drops_by_position(layer: LayerTrace) -> list[float]:
+    if not layer.domain_positions:
+        return []
+    counts = PositionCounts.total(layer.domain_positions.values())
+    return drop_rate_by_position(counts.picks_P, counts.dropped_P, parts=QUARTERS).nan_to_num().tolist()
 
 
 class StatisticsTables:
@@ -147,7 +167,7 @@ class StatisticsTables:
         table = Table(title="Routers", title_justify="left", box=SIMPLE_HEAD)
         table.add_column("layer")
         table.add_column("router")
-        for name in ("experts per token", "null share", "dropped", "decided by state"):
+        for name in ("experts per token", "nulls", "dropped", "unserved", "by state"):
             table.add_column(name, justify="right")
         table.add_column("readings")
         for row in self.statistics:
@@ -157,6 +177,7 @@ class StatisticsTables:
                 f"{row.experts_mean:.2f} ± {row.experts_std:.2f}",
                 f"{row.null_share:.1%}" if row.null_share else "-",
                 f"{row.drop_rate:.1%}" if row.drop_rate else "-",
+                f"{row.unserved:.1%}" if row.unserved else "-",
                 "-" if row.state_influence is None else f"{row.state_influence:.1%}",
                 ", ".join(f"{name} {value:.3g}" for name, value in row.readings.items()),
             )

@@ -182,8 +182,16 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
         self.borrowed = (*self.borrowed, name)
 
     def readings(self) -> dict[str, float]:
-        """Numbers of the router itself that say what it has become, such as a learned temperature."""
-        return {}
+        """Numbers that say what the router has become: scalars such as a temperature, and what there is one of for each
+        expert, such as a selection bias, by its least and largest value."""
+        found = {}
+        for name, tensor in [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]:
+            if tensor.numel() == 1:
+                found[name] = float(tensor.detach())
+            elif tensor.ndim == 1 and tensor.shape[0] >= self.num_experts and tensor.is_floating_point():
+                least, most = tensor.detach().aminmax()
+                found[f"{name} least"], found[f"{name} most"] = float(least), float(most)
+        return found
 
     @property
     def picks(self) -> float:
