@@ -66,6 +66,7 @@ def test_router_with_capacity_works_or_is_refused(config: BaseRouterConfig, capa
     x_BTD, context = make_input().requires_grad_(), make_context(mask_BT=mask_BT)
     y_BTD = block(x_BTD, context)
     routing = context.records[0]
+    assert routing.assignment is None  # which would run the experts without looking at the picks that are left
 
     free = router(make_input().view(-1, D), context)
     assert torch.equal(routing.choice_TK, free.choice_TK)

@@ -24,7 +24,8 @@ class CapacityConfig(Config):
     """How many tokens an expert takes, and which ones when more want it.
 
     With S real tokens, K picks each and N experts, C slots an expert follow from a factor cf, where 1 is room for
-    exactly balanced picks. Products are exact: 10 tokens, one expert and a factor of 1.1 make 11 slots, where floating
+    exactly balanced picks. K is the width of the record: where tokens pick fewer experts (null experts, thresholds), a
+    factor below 1 may be enough. Products are exact: 10 tokens, one expert and a factor of 1.1 make 11 slots, where floating
     point gives 12. Sources: GShard (arXiv 2006.16668, algorithm 1), Switch Transformer (2101.03961, eq. 3), DeepSpeed
     (2109.10465), V-MoE (2106.05974, section 4); docs/capacity.md has each as a preset of these fields.
 
