@@ -279,6 +279,10 @@ ROUTERS: dict[str, Row] = {
         {"type": "segment_merged", "segment_length": 2, "first_segment": "equal"},
         balanced="every segment merges all experts",
     ),
+    "mixture_of_tokens": Row({"type": "mixture_of_tokens"}, balanced="every token gets outputs of all experts"),
+    "mixture_of_tokens_in_groups": Row(
+        {"type": "mixture_of_tokens", "group_size": 3}, balanced="every token gets outputs of all experts"
+    ),
     "soft_slots": Row({"type": "soft_slots"}, balanced="every token gets outputs of all experts"),
     "soft_slots_unnormalised": Row(
         {"type": "soft_slots", "slots_per_expert": 3, "normalize": False},

@@ -54,6 +54,48 @@ class Slots:
 
 
 @dataclass(frozen=True)
+class SlotsAcross:
+    """Slots of tokens that stand at the same position of several sequences (mixture of tokens).
+
+    A group is `group_size` sequences in a row at one position; the last groups are filled up with nothing.
+
+    Attributes:
+        slots: of the groups, ordered by their sequences and then by position; its "sequences" are the groups and its
+            "tokens" their members.
+        batch_size: number of sequences B.
+        group_size: members of a group.
+    """
+
+    slots: Slots
+    batch_size: int
+    group_size: int
+
+    def run(self, experts: nn.Module, x_TD: Tensor) -> Tensor:
+        x_SD = group_across(x_TD, self.batch_size, self.group_size).flatten(0, 1)
+        y_GMD = self.slots.run(experts, x_SD).view(-1, self.group_size, x_TD.shape[-1])
+        return ungroup_across(y_GMD, self.batch_size, x_TD.shape[0])
+
+
+def group_across(values_TX: Tensor, batch_size: int, group_size: int) -> Tensor:
+    """Values of tokens (T, X) by group and member, (G, M, X); zeros for members that do not exist."""
+    width, length = values_TX.shape[-1], values_TX.shape[0] // batch_size
+    values_BLX = values_TX.view(batch_size, length, width)
+    chunks = -(-batch_size // group_size)
+    missing_RLX = values_BLX.new_zeros(chunks * group_size - batch_size, length, width)
+    values_CMLX = torch.cat([values_BLX, missing_RLX]).view(chunks, group_size, length, width)
+    return values_CMLX.transpose(1, 2).reshape(chunks * length, group_size, width)
+
+
+def ungroup_across(values_GMX: Tensor, batch_size: int, num_tokens: int) -> Tensor:
+    """The inverse of `group_across`, (T, X)."""
+    _, group_size, width = values_GMX.shape
+    length = num_tokens // batch_size
+    values_CLMX = values_GMX.view(-(-batch_size // group_size), length, group_size, width)
+    # A copy: compilers fail to give back a part of what they hold.
+    return values_CLMX.transpose(1, 2).reshape(-1, width)[:num_tokens].clone()
+
+
+@dataclass(frozen=True)
 class Merge:
     """Each group of tokens passes one expert whose parameters are a weighted sum of all experts' (SMEAR, Lory).
 

@@ -17,6 +17,7 @@ from moesaic.layer.routers.expert_choice import ExpertChoiceConfig, ExpertChoice
 from moesaic.layer.routers.hash import HashConfig, HashRouter
 from moesaic.layer.routers.merged import MergedConfig, MergedRouter
 from moesaic.layer.routers.merged_top_k import MergedTopKConfig, MergedTopKRouter
+from moesaic.layer.routers.mixture_of_tokens import MixtureOfTokensConfig, MixtureOfTokensRouter
 from moesaic.layer.routers.mlp import MLPConfig, MLPRouter
 from moesaic.layer.routers.modality import ModalityConfig, ModalityRouter
 from moesaic.layer.routers.noisy_top_k import NoisyTopKConfig, NoisyTopKRouter
@@ -56,6 +57,7 @@ RouterConfig = Annotated[
     | MLPConfig
     | MergedConfig
     | MergedTopKConfig
+    | MixtureOfTokensConfig
     | ModalityConfig
     | NoisyTopKConfig
     | NormalisedConfig
@@ -101,6 +103,8 @@ __all__ = [
     "MergedRouter",
     "MergedTopKConfig",
     "MergedTopKRouter",
+    "MixtureOfTokensConfig",
+    "MixtureOfTokensRouter",
     "ModalityConfig",
     "ModalityRouter",
     "NoisyTopKConfig",
