@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moesaic.data import IGNORED_LABEL, PackedSequences
+from moesaic.errors import DataError
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
@@ -49,6 +50,15 @@ def test_boundaries_are_known(lengths: list[int], sequence_length: int):
     for documents, positions in zip(batch["document_ids"], batch["position_ids"], strict=True):
         counted = [documents[:t].eq(documents[t]).sum().item() for t in range(sequence_length)]
         assert positions.tolist() == counted
+
+
+def test_token_counts_are_those_of_the_documents_taken():
+    store = store_of([[1, 1, 9], [2, 9], [3, 3, 3, 9]], [0, 1, 0])
+    assert PackedSequences(store, 4).token_counts(11).tolist() == [0, 2, 1, 3, 0, 0, 0, 0, 0, 3, 0]
+    one = PackedSequences(store, 4, documents=store.documents_of(0))
+    assert one.token_counts(10).tolist() == [0, 2, 0, 3, 0, 0, 0, 0, 0, 2]
+    with pytest.raises(DataError, match=r"vocabulary_size = 9 is too small: index 9 is out of bounds"):
+        one.token_counts(9)
 
 
 def test_documents_of_one_domain():

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.hf.tiny import EXPERT_SIZE, NUM_EXPERTS, copy_of, tiny_model, token_ids
+from tests.hf.tiny import EXPERT_SIZE, NUM_EXPERTS, backbone_config, copy_of, tiny_model, token_ids
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+import moesaic
 from moesaic import MoesaicConfig, MoesaicForCausalLM, MoesaicModel, MoESpec
+from moesaic.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -264,3 +266,18 @@ def test_saving_leaves_the_model_as_it_was(llama: MoesaicForCausalLM, tmp_path: 
     model = copy_of(llama)
     model.save_pretrained(tmp_path)
     assert all(torch.equal(tensor, llama.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_saved_hash_table_does_not_need_its_frequencies(tmp_path: Path) -> None:
+    counts = tmp_path / "counts.json"
+    counts.write_text(json.dumps([token % 5 for token in range(64)]))
+    router = {"type": "hash", "vocabulary_size": 64, "table": "balanced", "frequencies": str(counts)}
+    spec = MoESpec.from_dict({"experts": {"num_experts": 4, "intermediate_size": 8}, "router": router})
+    model = moesaic.build(backbone_config("llama", vocab_size=64), spec)
+    model.save_pretrained(tmp_path / "saved")
+    counts.unlink()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    table, expected = (m.moe_blocks()[0].gate.get_buffer("tid2eid") for m in (loaded, model))
+    assert torch.equal(table, expected)
+    with pytest.raises(ConfigError, match=r"frequencies = .* can't be read"):
+        moesaic.build(backbone_config("llama", vocab_size=64), spec)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from moesaic.data.store import TokenStore
+from moesaic.errors import DataError
 
 IGNORED_LABEL = -100
 """Label of a position that no loss counts, by the convention of transformers."""
@@ -73,6 +74,22 @@ class PackedSequences(Dataset[Batch]):
 
     def __len__(self) -> int:
         return self._length
+
+    def token_counts(self, vocabulary_size: int) -> np.ndarray:
+        """How often each id occurs in the documents taken, int64 (vocabulary_size,).
+
+        Raises:
+            DataError: if an id is not below `vocabulary_size`.
+        """
+        starts, tokens = self._store.starts, self._store.tokens
+        documents = range(len(starts) - 1) if self._documents is None else self._documents
+        counts = np.zeros(vocabulary_size, np.int64)
+        for document in documents:
+            try:
+                np.add.at(counts, tokens[starts[document] : starts[document + 1]], 1)
+            except IndexError as error:
+                raise DataError(f"vocabulary_size = {vocabulary_size} is too small: {error}") from None
+        return counts
 
     def __getitem__(self, index: int) -> Batch:
         if not -len(self) <= index < len(self):
