@@ -266,6 +266,11 @@ def test_exported_upcycled_model_loads_from_disk(model_type: str, overrides: dic
             ),
         ),
         (
+            "hunyuan_v1_moe",
+            {},
+            small_spec(experts={"num_experts": 4, "intermediate_size": 24}, shared_experts={"num_experts": 1}),
+        ),
+        (
             "solar_open",
             {},
             small_spec(

@@ -74,6 +74,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 2,
         "head_dim": 16,
     },
+    "hunyuan_v1_moe": {"intermediate_size": 16, "num_experts": 8, "moe_topk": 3, "head_dim": 16},
     "mellum": {
         "intermediate_size": 48,
         "moe_intermediate_size": 16,

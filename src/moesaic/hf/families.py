@@ -80,6 +80,7 @@ FAMILIES: dict[str, Family] = {
     "dots1": Family(),
     "exaone_moe": Family(),
     "solar_open": Family(),
+    "hunyuan_v1_moe": Family(),
     "mellum": Family(),
     "flex_olmo": Family(),
     "gpt_oss": Family(returns_tuple=True),

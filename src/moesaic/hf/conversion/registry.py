@@ -9,6 +9,7 @@ from moesaic.hf.conversion.base import FamilyConversion
 from moesaic.hf.conversion.deepseek import DeepseekV2Conversion, DeepseekV3Conversion, Fields
 from moesaic.hf.conversion.gpt_oss import GptOssConversion
 from moesaic.hf.conversion.granitemoe import GraniteMoeConversion
+from moesaic.hf.conversion.hunyuan import HunyuanConversion
 from moesaic.hf.conversion.mixtral import MixtralConversion
 from moesaic.hf.conversion.qwen_moe import MellumConversion, OlmoeConversion, Qwen2MoeConversion, Qwen3MoeConversion
 from moesaic.layer import MoESpec
@@ -27,6 +28,7 @@ CONVERSIONS: dict[str, FamilyConversion] = {
     "glm4_moe": DeepseekV3Conversion(),
     "glm4_moe_lite": DeepseekV3Conversion(Fields(layers="mlp_layer_types")),
     "solar_open": DeepseekV3Conversion(Fields(layers=None)),
+    "hunyuan_v1_moe": HunyuanConversion(),
     "gpt_oss": GptOssConversion(),
     "granitemoe": GraniteMoeConversion(),
 }
