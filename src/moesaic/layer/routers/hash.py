@@ -194,8 +194,9 @@ class HashRouter(Router[HashConfig]):
 
     def _random(self, *ids: Tensor) -> Tensor:
         """The K experts whose hashes with the ids are the largest: K different ones, each set equally likely."""
-        seed, layer = (torch.tensor(value, device=ids[0].device) for value in (self.config.seed, self.layer))
-        expert_N = torch.arange(self.config.group_size(self.num_experts), device=ids[0].device)
+        device = ids[0].device
+        seed, layer = (torch.full((), value, device=device) for value in (self.config.seed, self.layer))
+        expert_N = torch.arange(self.config.group_size(self.num_experts), device=device)
         key_TN = hash_of(seed, layer, *(part.unsqueeze(-1) for part in ids), expert_N)
         return top_k(key_TN, self.top_k, stable=True)
 

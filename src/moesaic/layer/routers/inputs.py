@@ -38,7 +38,7 @@ def ids_of(context: RoutingContext | None, need: Need, size: int, *, field: str)
 
     Raises:
         ConfigError: if they are not given, or one is not in [0, size). Off the CPU an id out of range fails as a
-            device-side assertion, since a look at its value would stall every layer.
+            device-side assertion, since a look at its value would stall every layer; compiled graphs do not look.
     """
     name, remedy = _FIELDS[need]
     ids = None if context is None else cast("Tensor | None", getattr(context, name))

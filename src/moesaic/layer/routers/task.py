@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
 from moesaic.layer.record import Routing, RoutingContext
-from moesaic.layer.routers.base import BaseRouterConfig, Need, Router, check_top_k
+from moesaic.layer.routers.base import BaseRouterConfig, Need, Router, check_top_k, fill_buffer
 from moesaic.layer.routers.inputs import ids_of, linear
 from moesaic.layer.routers.scores import ScoreFunction, normalize, score, top_k
 
@@ -97,8 +97,11 @@ class TaskConfig(BaseRouterConfig):
 class TaskRouter(Router[TaskConfig]):
     """Experts by task.
 
-    Parameters: `weight`, (tasks, N, D) for "gate" and (N, D) for "embedding", and `task_embedding` (tasks, D).
+    Tensors: the parameters `weight`, (tasks, N, D) for "gate" and (N, D) for "embedding", and `task_embedding`
+    (tasks, D); the buffer `task_experts` (tasks, K), int64, for "fixed", N where a task has fewer than K experts.
     """
+
+    task_experts: Tensor | None
 
     def __init__(self, config: TaskConfig, hidden_size: int, num_experts: int) -> None:
         table = config.experts_of_tasks(num_experts) if config.kind == "fixed" else []
@@ -110,13 +113,23 @@ class TaskRouter(Router[TaskConfig]):
         elif config.kind == "embedding":
             self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
             self.task_embedding = nn.Parameter(torch.empty(config.num_tasks, hidden_size))
+        fixed = torch.empty(config.num_tasks, self.top_k, dtype=torch.int64) if config.kind == "fixed" else None
+        self.register_buffer("task_experts", fixed)
         self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=std)
+        if self.task_experts is not None:
+            rows = [chosen + [self.num_experts] * (self.top_k - len(chosen)) for chosen in self.table]
+            fill_buffer(self.task_experts, torch.tensor(rows))
 
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
         task_B = ids_of(context, "task", self.config.num_tasks, field="num_tasks")
         task_T = task_B.unsqueeze(-1).expand(-1, len(x_TD) // len(task_B)).reshape(-1)
-        if self.weight is None:
-            return self._fixed(x_TD, task_T)
+        if self.task_experts is not None:
+            return self._fixed(x_TD, self.task_experts[task_T])
+        assert self.weight is not None
         logits_TN = self._logits(x_TD, self.weight, task_B, task_T)
         scores_TN = score(logits_TN, self.config.score_function)
         index_TK = top_k(scores_TN.detach(), self.top_k, stable=True)
@@ -140,9 +153,7 @@ class TaskRouter(Router[TaskConfig]):
         with torch.autocast(x_TD.device.type, enabled=False):
             return torch.bmm(x_BLD, weight.to(precision)[task_B].mT).reshape(len(x_TD), self.num_experts)
 
-    def _fixed(self, x_TD: Tensor, task_T: Tensor) -> Routing:
-        rows = [chosen + [self.num_experts] * (self.top_k - len(chosen)) for chosen in self.table]
-        index_TK = torch.tensor(rows, device=x_TD.device)[task_T]
+    def _fixed(self, x_TD: Tensor, index_TK: Tensor) -> Routing:
         picked_TK = (index_TK < self.num_experts).to(self.precision(x_TD))
         scores_TN = picked_TK.new_zeros(len(x_TD), self.num_experts + 1).scatter(-1, index_TK, 1.0)[:, :-1]
         return Routing(
