@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import platform
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,11 @@ from typing import Any
 
 import matplotlib
 import torch
-import transformers
 
-import moesaic
 from moesaic.cli.demo import demo_run
 from moesaic.files import atomic_file, write_text
 from moesaic.layer.balance import max_violation
+from moesaic.papers.machine import describe_machine
 from moesaic.trace import account, record
 from moesaic.train import TrainResult, load_model, overall, read_metrics
 from moesaic.train.comparison import Comparison, compare
@@ -158,8 +156,7 @@ model takes for all of its tokens, the MoE gets to {_spread(at_time)} (interpola
 model ends at {_spread([arm.losses["all"] for arm in arms["dense"]])}. There the MoE's learning rate has not decayed yet, so
 that figure is higher than what a run planned for that time would reach.
 
-Measured on {_processor()} with {torch.get_num_threads()} threads, Python {platform.python_version()}, PyTorch
-{torch.__version__}, transformers {transformers.__version__}, moesaic {moesaic.__version__}.
+Measured with {torch.get_num_threads()} threads on {describe_machine()}.
 """
 
 
@@ -182,14 +179,6 @@ def _imbalance(model: Any, comparison: Comparison) -> float:
 def _spread(values: list[float], *, digits: int = 4, signed: bool = False) -> str:
     mean = f"{statistics.mean(values):{'+' if signed else ''}.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

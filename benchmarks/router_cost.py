@@ -9,7 +9,6 @@ moment of the machine falls on all of them.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -17,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from pydantic import TypeAdapter
 from torch import Tensor
 
-import moesaic
 from moesaic.files import write_text
 from moesaic.layer import MoEBlock, MoESpec, Router, RouterConfig, RoutingContext
+from moesaic.papers.machine import describe_machine
 
 PAGE = Path("docs/benchmarks/router-cost.md")
 NUM_EXPERTS, TOP_K, VOCABULARY = 64, 8, 32_000
@@ -141,17 +139,8 @@ The whole block with `{CONTROL}` takes {1e3 * block:.0f} ms. Routers that pick o
 experts cheaper or dearer, which this table leaves out; so it does the soft and merging routers, whose work is done with the
 experts' weights.
 
-Measured on {_processor()} with {options.threads} thread, Python {platform.python_version()}, PyTorch {torch.__version__},
-transformers {transformers.__version__}, moesaic {moesaic.__version__}.
+Measured with {options.threads} thread on {describe_machine()}.
 """
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

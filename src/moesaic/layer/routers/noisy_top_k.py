@@ -13,6 +13,7 @@ from moesaic.errors import ConfigError
 from moesaic.layer.noise import normal
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router, check_top_k
+from moesaic.layer.routers.inputs import linear
 from moesaic.layer.routers.scores import top_k
 
 
@@ -98,11 +99,9 @@ class NoisyTopKRouter(Router[NoisyTopKConfig]):
         nn.init.zeros_(self.noise_weight)
 
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
-        config, precision = self.config, self.precision(x_TD)
-        # Autocast would run these products in bfloat16, where logits of many experts tie.
-        with torch.autocast(x_TD.device.type, enabled=False):
-            clean_TN = F.linear(x_TD.to(precision), self.weight.to(precision))
-            std_TN = self._std(x_TD.to(precision), clean_TN)
+        config = self.config
+        clean_TN = linear(x_TD, self.weight)
+        std_TN = self._std(x_TD, clean_TN)
         noisy_TN = clean_TN
         if self.training:
             noisy_TN = clean_TN + std_TN * normal(context, self.layer, clean_TN.shape, stream=0, like=clean_TN)
@@ -128,8 +127,7 @@ class NoisyTopKRouter(Router[NoisyTopKConfig]):
         config = self.config
         if self.noise_weight is None:
             return torch.full_like(clean_TN, config.noise_scale / self.num_experts)
-        raw_TN = F.linear(x_TD, self.noise_weight.to(x_TD.dtype))
-        return config.noise_scale * (F.softplus(raw_TN) + config.noise_epsilon)
+        return config.noise_scale * (F.softplus(linear(x_TD, self.noise_weight)) + config.noise_epsilon)
 
 
 def smooth_load(clean_TN: Tensor, noisy_TN: Tensor, std_TN: Tensor, k: int) -> Tensor:

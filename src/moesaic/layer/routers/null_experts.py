@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Router, check_top_k
+from moesaic.layer.routers.inputs import linear
 from moesaic.layer.routers.scores import top_k
 
 
@@ -95,7 +95,7 @@ class NullExpertsRouter(Router[NullExpertsConfig]):
 
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
         config = self.config
-        logits_TM = self._logits(x_TD)
+        logits_TM = linear(x_TD, self.weight, self.bias)
         scores_TM = logits_TM.softmax(-1)
         selection_TM = scores_TM.detach()
         if config.tie_margin:
@@ -127,13 +127,6 @@ class NullExpertsRouter(Router[NullExpertsConfig]):
             chosen_TK=chosen_TK,
             identity_weight_T=identity_T,
         )
-
-    def _logits(self, x_TD: Tensor) -> Tensor:
-        precision = self.precision(x_TD)
-        bias = None if self.bias is None else self.bias.to(precision)
-        # Autocast would run this product in bfloat16, where a row and its copies tie with many others.
-        with torch.autocast(x_TD.device.type, enabled=False):
-            return F.linear(x_TD.to(precision), self.weight.to(precision), bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_null={self.config.num_null}"

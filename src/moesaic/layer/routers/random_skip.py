@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from moesaic.layer.noise import uniform
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router, check_top_k
+from moesaic.layer.routers.inputs import linear
 from moesaic.layer.routers.scores import top_k
 
 
@@ -57,10 +57,7 @@ class RandomSkipRouter(Router[RandomSkipConfig]):
         self.reset_parameters()
 
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
-        precision = self.precision(x_TD)
-        # Autocast would run this product in bfloat16, where logits of many experts tie.
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TN = F.linear(x_TD.to(precision), self.weight.to(precision))
+        logits_TN = linear(x_TD, self.weight)
         scores_TN = logits_TN.softmax(-1)
         chosen_TK = top_k(logits_TN.detach(), self.top_k, stable=True)
         drawn_T = uniform(context, self.layer, (len(x_TD),), stream=0, like=logits_TN)

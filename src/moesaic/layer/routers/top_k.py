@@ -14,6 +14,7 @@ from moesaic.errors import ConfigError
 from moesaic.layer.noise import uniform
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router, check_top_k
+from moesaic.layer.routers.inputs import linear
 from moesaic.layer.routers.scores import GroupScore, ScoreFunction, limit_to_groups, normalize, score, top_k
 
 
@@ -201,18 +202,15 @@ class TopKRouter(Router[TopKConfig]):
 
     def _logits(self, x_TD: Tensor, context: RoutingContext | None) -> Tensor:
         config, precision = self.config, self.precision(x_TD)
-        bias = None if self.bias is None else self.bias.to(precision)
-        # Autocast would run this product in bfloat16, where scores of many experts tie.
-        with torch.autocast(x_TD.device.type, enabled=False):
-            input_TD = x_TD.to(precision)
-            if self.training and config.input_jitter:
-                noise_TD = uniform(context, self.layer, input_TD.shape, stream=0, like=input_TD)
-                input_TD = input_TD * (1 + config.input_jitter * (2 * noise_TD - 1))
-            if config.input_norm:
-                input_TD = F.rms_norm(input_TD, input_TD.shape[-1:], eps=config.input_norm_epsilon)
-            if self.scale is not None:
-                input_TD = input_TD * self.scale.to(precision)
-            logits_TN = F.linear(input_TD, self.weight.to(precision), bias)
+        input_TD = x_TD.to(precision)
+        if self.training and config.input_jitter:
+            noise_TD = uniform(context, self.layer, input_TD.shape, stream=0, like=input_TD)
+            input_TD = input_TD * (1 + config.input_jitter * (2 * noise_TD - 1))
+        if config.input_norm:
+            input_TD = F.rms_norm(input_TD, input_TD.shape[-1:], eps=config.input_norm_epsilon)
+        if self.scale is not None:
+            input_TD = input_TD * self.scale.to(precision)
+        logits_TN = linear(input_TD, self.weight, self.bias)
         if config.logit_scale != 1.0:
             logits_TN = logits_TN * config.logit_scale
         if config.logit_softcap is not None:
