@@ -10,17 +10,20 @@ from moesaic.catalog import preset
 from moesaic.hf import MoeCausalLMOutput, MoesaicConfig, MoesaicForCausalLM, MoesaicModel, build, convert, export
 from moesaic.layer import MoESpec
 from moesaic.trace import record
+from moesaic.train import Balancer, balance
 from moesaic.transform import add_null_experts, upcycle
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Balancer",
     "MoESpec",
     "MoeCausalLMOutput",
     "MoesaicConfig",
     "MoesaicForCausalLM",
     "MoesaicModel",
     "add_null_experts",
+    "balance",
     "build",
     "convert",
     "export",

@@ -17,6 +17,7 @@ from moesaic.hf.backbone import CONTEXT, build_backbone, moe_blocks
 from moesaic.hf.configuration import MoesaicConfig
 from moesaic.hf.experts import IMPLEMENTATION, check_implementation
 from moesaic.hf.families import family_of
+from moesaic.hf.forward import forward_context, sequence_weights
 from moesaic.hf.limits import check_needs, check_pipeline, check_vocabulary
 from moesaic.hf.output import MoeCausalLMOutput, MoeModelOutput
 from moesaic.layer import MoEBlock, Router, RoutingContext
@@ -148,7 +149,7 @@ class MoesaicModel(MoesaicPreTrainedModel):
             UnsupportedDecoding: if a cache holds earlier tokens that the routing of these would depend on.
             ConfigError: if a router needs ids, modalities or tasks that are not given.
         """
-        context = _context(input_ids, inputs_embeds, position_ids, attention_mask)
+        context = forward_context(input_ids, inputs_embeds, position_ids, attention_mask)
         if self._unservable is not None and past_key_values is not None and past_key_values.get_seq_length() > 0:
             raise UnsupportedDecoding(self._unservable)
         context.modality_T = None if modality_ids is None else modality_ids.reshape(-1)
@@ -298,7 +299,7 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, GenerationMixin):
         loss = aux_losses = None
         context: RoutingContext = output.routing
         if labels is not None or output_router_logits:
-            weight_B = _sequence_weights(labels, context, logits, num_items_in_batch, kwargs.get("shift_labels"))
+            weight_B = sequence_weights(labels, context, logits.device, num_items_in_batch, kwargs.get("shift_labels"))
             objective = BalanceObjective(self.balance, weight_B, self.coefficients)
             aux_losses = objective.by_name(context)
             if labels is not None:
@@ -317,41 +318,3 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, GenerationMixin):
             router_logits=output.router_logits,
             routing=context if output_routing else None,
         )
-
-
-def _context(
-    input_ids: Tensor | None, inputs_embeds: Tensor | None, position_ids: Tensor | None, attention_mask: Any
-) -> RoutingContext:
-    """The context of a forward pass over (B, S) tokens."""
-    given = input_ids if input_ids is not None else inputs_embeds
-    if given is None:
-        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-    batch, length = given.shape[:2]
-    mask_T = None
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        # With a cache the mask also covers past tokens, which are not routed again.
-        mask_T = attention_mask[:, -length:].reshape(-1).bool()
-    return RoutingContext(
-        batch_size=batch,
-        token_ids_T=None if input_ids is None else input_ids.reshape(-1),
-        position_T=None if position_ids is None else position_ids.expand(batch, -1).reshape(-1),
-        mask_T=mask_T,
-    )
-
-
-def _sequence_weights(
-    labels: Tensor | None,
-    context: RoutingContext,
-    logits: Tensor,
-    num_items_in_batch: Tensor | int | None,
-    shift_labels: Tensor | None,
-) -> Tensor:
-    """Share of each sequence in the mean: its predicted tokens over those of the step, as in the cross entropy."""
-    targets = shift_labels if shift_labels is not None else labels[:, 1:] if labels is not None else None
-    if targets is not None:
-        tokens_B = (targets != -100).sum(-1).to(device=logits.device, dtype=torch.float32)
-    else:
-        num_tokens = logits.shape[0] * logits.shape[1] if context.mask_T is None else context.mask_T.numel()
-        tokens_B = context.tokens_per_sequence(num_tokens, dtype=torch.float32, device=logits.device)
-    total = tokens_B.sum() if num_items_in_batch is None or targets is None else num_items_in_batch
-    return tokens_B / torch.as_tensor(total, device=logits.device, dtype=torch.float32).clamp(min=1)

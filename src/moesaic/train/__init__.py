@@ -12,8 +12,11 @@ from moesaic.train.metrics import StepMetrics, read_metrics
 from moesaic.train.model import build_model
 from moesaic.train.run import RunConfig
 from moesaic.train.schedule import ConstantSchedule, CosineSchedule, Schedule, StepSchedule, WSDSchedule
+from moesaic.train.stock_balance import BalanceCallback, Balancer, balance
 
 __all__ = [
+    "BalanceCallback",
+    "Balancer",
     "CheckpointStore",
     "ConstantSchedule",
     "CosineSchedule",
@@ -28,6 +31,7 @@ __all__ = [
     "TrainResult",
     "Trainer",
     "WSDSchedule",
+    "balance",
     "build_model",
     "check_same_run",
     "check_weight_files",

@@ -95,6 +95,16 @@ class RouterPreset:
                 found[ours] = torch.cat(parts)
         return found
 
+    def selection_bias(self, block: nn.Module) -> Tensor | None:
+        """The tensor of a block that is our `e_score_correction_bias`, of any shape; None if it has none."""
+        (name, *more) = self._names()["e_score_correction_bias"]
+        if more:
+            return None
+        found: Any = block
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        return found if isinstance(found, Tensor) else None
+
     def _names(self) -> dict[str, tuple[str, ...]]:
         names: dict[str, str | tuple[str, ...]] = {name: f"{self.child}.{name}" for name in PARAMETERS}
         if self.argument is not None:

@@ -24,6 +24,11 @@ class Coefficients:
         self._adaptive = adaptive
         self.set_progress(0.0)
 
+    @property
+    def scheduled(self) -> bool:
+        """Whether any follows a schedule."""
+        return bool(self._scheduled)
+
     def set_progress(self, progress: float) -> None:
         """Move schedules to this share of the training."""
         # Tensors, because a compiled model would be compiled again for each new number. A model may be made on meta.
