@@ -72,5 +72,5 @@ def test_routers_that_cannot_be_read_are_left_out_or_refused(name: str) -> None:
     preset = ROUTER_PRESETS[name]
     config = read_config(preset)
     block = read_block(preset, config)
-    with pytest.raises(UnsupportedModel, match="looks at modality|has no MoE layer"):
+    with pytest.raises(UnsupportedModel, match=r"looks at modality|has no MoE layer"):
         stock_routers(OneLayer(config, block))  # type: ignore[arg-type]
