@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from tests.cli.conftest import Cli
 from tests.papers import tiny
 
 from moesaic.papers import EXPERIMENTS
+from moesaic.train import Trainer
 
 
 def test_the_list_says_what_each_asks(cli: Cli):
@@ -64,6 +66,21 @@ def test_a_reproduction_from_end_to_end(cli: Cli, tmp_path: Path, monkeypatch: p
         "--restart",
     )
     assert fresh.code == 0, fresh.err
+
+
+def test_ctrl_c_ends_with_the_code_of_the_signal(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(EXPERIMENTS, "tiny", tiny.EXPERIMENT)
+    step = Trainer.train_step
+
+    def interrupted_step(trainer: Trainer):
+        signal.raise_signal(signal.SIGINT)
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted_step)
+    outcome = cli("reproduce", "tiny", "--seeds", "0", "--jobs", "1", "-o", tmp_path / "out")
+    assert outcome.code == 130
+    assert "Run the same command to go on" in outcome.err
+    assert not list((tmp_path / "out").glob("*.md"))
 
 
 def test_restart_refuses_a_folder_of_something_else(cli: Cli, tmp_path: Path):

@@ -47,10 +47,17 @@ def test_a_fork_starts_from_its_parent_of_the_same_seed(finished: Reproduction):
         folder = finished.output / f"seed-{seed}"
         parent = CheckpointStore(folder / "moe" / "checkpoints", 1).latest()
         assert parent is not None
-        before, after = load_model(parent), load_model(folder / "forked" / "initial")
+        before, after = load_model(parent), load_model(*(folder / "forked").glob("initial-*"))
         name = "model.backbone.layers.0.mlp.gate.weight"
         assert after.get_parameter(name).allclose(2 * before.get_parameter(name))
         assert finished.results[seed]["forked"].tokens == 4 * 4 * 32
+
+
+def test_a_fork_of_another_model_is_another_run(finished: Reproduction, output: Path):
+    shutil.copytree(finished.output, output, dirs_exist_ok=True)
+    for overrides in (["arms.forked.fork.factor=3.0"], ["arms.moe.train.steps=7"]):
+        with pytest.raises(CheckpointError, match=r"forked/checkpoints/.* belongs to another run: initial_model"):
+            reproduce(EXPERIMENT, "cpu", output, seeds=(0,), overrides=overrides, jobs=1, progress=False)
 
 
 def test_judgements_leave_out_claims_on_arms_of_another_size(finished: Reproduction):

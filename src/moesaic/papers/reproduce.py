@@ -106,7 +106,7 @@ def reproduce(
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise ConfigError("--seeds", tuple(seeds), "is not a list of different seeds from 0", "write them as 0,1,2")
     arms = arms_of(experiment, size, overrides)
-    tasks = [Task(experiment, arm, seed, output) for seed in seeds for arm in arms.values()]
+    tasks = [Task(experiment, arms, name, seed, output) for seed in seeds for name in arms]
     for task in tasks:
         assert task.run is not None  # every field is checked before any work is done
     jobs = min(_default_jobs() if jobs is None else jobs, len(tasks))
@@ -122,7 +122,7 @@ def reproduce(
         if result is None:
             pending.append(task)
         else:
-            found.results.setdefault(task.seed, {})[task.arm.name] = result
+            found.results.setdefault(task.seed, {})[task.name] = result
     if pending:
         prepare_data(pending[0].run.data, output / "data", progress=progress)  # once, before processes ask for it
         with display(tasks, pending, enabled=progress, single=jobs == 1) as shown:
@@ -173,5 +173,5 @@ def _next_ready(waiting: list[Task], found: Reproduction) -> Task | None:
 
 
 def _keep(found: Reproduction, result: ArmResult, task: Task, shown: Display) -> None:
-    found.results.setdefault(task.seed, {})[task.arm.name] = result
+    found.results.setdefault(task.seed, {})[task.name] = result
     shown.finished(task, result)

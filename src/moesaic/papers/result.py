@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from moesaic.trace import account
 from moesaic.train import CheckpointStore, RunConfig, TrainResult, load_model, overall, read_metrics, train
 from moesaic.train.loop import CHECKPOINTS, METRICS_FILE
 from moesaic.train.model import select_device
+from moesaic.train.quiet import without_progress_bars
 
 RESULT_FILE = "result.json"
 _FORMAT = 1
@@ -50,46 +53,59 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class Task:
-    """An arm to train and measure with one seed, in a folder of its own."""
+    """An arm to train and measure with one seed, in a folder of its own.
+
+    Attributes:
+        experiment: which.
+        arms: all arms of its size.
+        name: of the arm.
+        seed: its seed.
+        output: folder of the experiment.
+    """
 
     experiment: Experiment
-    arm: SizedArm
+    arms: Mapping[str, SizedArm]
+    name: str
     seed: int
     output: Path
 
     @property
     def folder(self) -> Path:
         """Where this arm and seed live."""
-        return self.folder_of(self.arm.name)
+        return self.output / f"seed-{self.seed}" / self.name
 
-    def folder_of(self, arm: str) -> Path:
-        """Where another arm of the same seed lives."""
-        return self.output / f"seed-{self.seed}" / arm
+    def other(self, name: str) -> Task:
+        """Another arm with the same seed."""
+        return replace(self, name=name)
 
     @property
     def parent(self) -> str | None:
         """Arm that it starts from."""
-        return self.experiment.arms[self.arm.name].parent
+        return self.experiment.arms[self.name].parent
 
     @property
     def needs(self) -> frozenset[str]:
         """Arms of the same seed that must be finished first."""
-        return frozenset(self.experiment.arms[self.arm.name].after) | ({self.parent} if self.parent else set())
+        return frozenset(self.experiment.arms[self.name].after) | ({self.parent} if self.parent else set())
 
     @property
     def initial(self) -> Path | None:
-        """Folder of the model that a forked arm starts from."""
-        return None if self.parent is None else self.folder / "initial"
+        """Folder of the model that a forked arm starts from, named by all that decides what it is."""
+        if self.parent is None:
+            return None
+        sources = {name: self.other(name).run.to_dict() for name in sorted(self.needs)}
+        text = json.dumps([self.arms[self.name].fork, sources], sort_keys=True)
+        return self.folder / f"initial-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     @property
     def run(self) -> RunConfig:
         """What is trained."""
-        return self.arm.run(self.seed, self.initial)
+        return self.arms[self.name].run(self.seed, self.initial)
 
     @property
     def label(self) -> str:
         """For messages."""
-        return f"{self.arm.name}, seed {self.seed}"
+        return f"{self.name}, seed {self.seed}"
 
     @property
     def steps_made(self) -> int:
@@ -158,13 +174,13 @@ def _fork(task: Task, initial: Path) -> None:
     if initial.is_dir():
         return
     assert task.parent is not None
-    checkpoint = CheckpointStore(task.folder_of(task.parent) / CHECKPOINTS, keep=1).latest()
+    checkpoint = CheckpointStore(task.other(task.parent).folder / CHECKPOINTS, keep=1).latest()
     if checkpoint is None:
         raise TrainingError(f"{task.label} starts from {task.parent}, which has no checkpoint; train that first")
-    arm = task.experiment.arms[task.arm.name]
-    measured = {name: _measurements_in(task.folder_of(name)) for name in arm.after}
-    with atomic_directory(initial) as temporary:
-        (arm.fork or _copy)(Forking(checkpoint, temporary, task.arm.fork, measured))
+    arm = task.experiment.arms[task.name]
+    measured = {name: _measurements_in(task.other(name).folder) for name in arm.after}
+    with atomic_directory(initial) as temporary, without_progress_bars():
+        (arm.fork or _copy)(Forking(checkpoint, temporary, task.arms[task.name].fork, measured))
 
 
 def _copy(forking: Forking) -> None:
@@ -184,7 +200,7 @@ def _measurements_in(folder: Path) -> dict[str, float]:
 
 def _measure(task: Task, run: RunConfig, data: PreparedData, result: TrainResult) -> ArmResult:
     model = load_model(result.checkpoint).to(select_device(run.train.device)).eval()  # pyright: ignore[reportArgumentType]
-    trained = Trained(task.arm.name, run, model, data, task.initial)
+    trained = Trained(task.name, run, model, data, task.initial)
     losses = {f"loss.{domain}": found.loss for domain, found in result.validation.items()}
     counted = account(model)
     lines = read_metrics(result.metrics_file)
@@ -198,7 +214,7 @@ def _measure(task: Task, run: RunConfig, data: PreparedData, result: TrainResult
         **task.experiment.measure(trained),
     }
     return ArmResult(
-        arm=task.arm.name,
+        arm=task.name,
         seed=task.seed,
         run=run.to_dict(),
         measurements=measurements,

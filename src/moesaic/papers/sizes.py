@@ -90,7 +90,8 @@ def arms_of(experiment: Experiment, size: str, overrides: Iterable[str] = ()) ->
     Args:
         experiment: which.
         size: which of its sizes.
-        overrides: `a.b=c`: a field of the run of every arm; `arms.NAME.a.b=c`: of one arm. Overrides of `moe` and
+        overrides: `a.b=c`: a field of the run of every arm; `arms.NAME.a.b=c`: of one arm,
+            with `arms.NAME.fork.a=c` for its fork. Overrides of `moe` and
             `backbone` leave arms that lack the section as they are.
 
     Raises:
@@ -103,13 +104,13 @@ def arms_of(experiment: Experiment, size: str, overrides: Iterable[str] = ()) ->
         if name not in content["arms"]:
             continue
         patch = dict(content["arms"][name] or {})
-        fork = patch.pop("fork", None) or {}
         values = _merged(content["run"], patch)
         if arm.parent is not None:
             values.pop("backbone", None)
             values.pop("moe", None)
         applying = [override for override in common if _applies(override, values)]
         values = apply_overrides(values, [*applying, *own.get(name, ())])
+        fork = values.pop("fork", None) or {} if arm.parent is not None else {}
         arms[name] = SizedArm(name, values, fork)
     return arms
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,32 +68,43 @@ def index_of(folder: str | Path) -> str:
 
 def content(found: Reproduction, machine: str) -> dict[str, Any]:
     """The whole result as plain data."""
-    return {
-        "name": found.experiment.name,
-        "size": found.size,
-        "seeds": list(found.seeds),
-        "overrides": list(found.overrides),
-        "command": command_of(found),
-        "machine": machine,
-        "arms": {
-            str(seed): {
-                arm: {name: value for name, value in asdict(result).items() if name not in ("arm", "seed", "run")}
-                for arm, result in arms.items()
-            }
-            for seed, arms in sorted(found.results.items())
-        },
-        "claims": [
-            {
-                "claim": judgement.claim.name,
-                "success": judgement.claim.success,
-                "source": judgement.claim.source,
-                "verdict": judgement.verdict,
-                "values": list(judgement.values),
-                "mean": judgement.mean,
-            }
-            for judgement in found.judgements()
-        ],
-    }
+    return _json_able(
+        {
+            "name": found.experiment.name,
+            "size": found.size,
+            "seeds": list(found.seeds),
+            "overrides": list(found.overrides),
+            "command": command_of(found),
+            "machine": machine,
+            "arms": {
+                str(seed): {
+                    arm: {name: value for name, value in asdict(result).items() if name not in ("arm", "seed", "run")}
+                    for arm, result in arms.items()
+                }
+                for seed, arms in sorted(found.results.items())
+            },
+            "claims": [
+                {
+                    "claim": judgement.claim.name,
+                    "success": judgement.claim.success,
+                    "source": judgement.claim.source,
+                    "verdict": judgement.verdict,
+                    "values": list(judgement.values),
+                    "mean": judgement.mean,
+                }
+                for judgement in found.judgements()
+            ],
+        }
+    )
+
+
+def _json_able(value: Any) -> Any:
+    """`value` with None for numbers that JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _json_able(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_able(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _table(found: Reproduction) -> str:
