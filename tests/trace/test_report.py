@@ -195,6 +195,15 @@ def test_large_models_show_some_layers_in_detail(
     assert "1 of 2 MoE layers are shown in detail" in html
 
 
+def test_independent_picks_are_counted_where_tokens_differ_in_their_number():
+    """Picks 2, 2, 0 and 3 of 6 experts: beside a pick stand (2 * 1 + 2 * 1 + 3 * 2) / 7 others, of 5."""
+    trace = RoutingTrace("tokens")
+    index_TK = torch.tensor([[0, 1, 6], [2, 5, 6], [6, 6, 6], [0, 3, 4]])
+    scores_TN = torch.full((4, 6), 1 / 6)
+    trace.add(RoutingContext(records={0: Routing(index_TK, torch.ones(4, 3), scores_TN, scores_TN, scores_TN)}))
+    assert report_module._independent(trace.layers[0]) == pytest.approx(10 / 7 / 5)
+
+
 def test_a_failure_leaves_the_old_page_and_nothing_else(tmp_path: Path, trace: RoutingTrace, accounting: Accounting):
     path = tmp_path / "report.html"
     path.write_text("old")

@@ -187,10 +187,17 @@ def _detail(layer: LayerTrace, summary: LayerSummary, trace: RoutingTrace, top: 
             column_names=names,
             width=620.0,
         ),
-        independent=(layer.top_k - 1) / max(layer.num_experts - 1, 1),
+        independent=_independent(layer),
         domains=domains,
         domain_plot=_domain_plot(layer.layer, domains, names) if len(domains) > 1 else None,
     )
+
+
+def _independent(layer: LayerTrace) -> float:
+    """Co-activation of picks made independently and evenly: (K - 1) / (N - 1), K being the picks beside a pick."""
+    picks_T = (layer.index_TK < layer.num_experts).sum(-1).double()
+    beside = float((picks_T * (picks_T - 1)).sum() / picks_T.sum().clamp(min=1))
+    return beside / max(layer.num_experts - 1, 1)
 
 
 def _expert_tokens(layer: LayerTrace, trace: RoutingTrace, top: int, minimum: int) -> list[ExpertTokens]:
