@@ -16,6 +16,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 
 from moesaic.errors import ConfigError
 from moesaic.layer import LoadBalancing, MoEBlock, MoESpec, Routing, RoutingContext, TopKConfig, TopKRouter
+from moesaic.layer.routers.scores import score
 
 
 def route(logits: list[list[float]], *, selection_bias: list[float] | None = None, **fields: Any) -> Routing:
@@ -43,6 +44,13 @@ def log(scores: list[list[float]]) -> list[list[float]]:
 def logit(scores: list[list[float]]) -> list[list[float]]:
     """Logits whose sigmoid is `scores`."""
     return [[math.log(value / (1 - value)) for value in row] for row in scores]
+
+
+def test_scores_that_underflow_have_a_finite_gradient() -> None:
+    logits_TN = torch.tensor([[-200.0, 3.0, -104.0, 0.0]], requires_grad=True)
+    score(logits_TN, "sqrt_softplus").sum().backward()
+    assert logits_TN.grad is not None
+    assert logits_TN.grad.isfinite().all()
 
 
 # --- Worked numbers -------------------------------------------------------------------------------------------------

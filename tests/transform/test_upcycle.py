@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hf.tiny import DENSE_FAMILIES, dense_model, token_ids
+from tests.hf.tiny import DENSE_FAMILIES, VOCABULARY, dense_model, token_ids
+from tests.layer.router_rows import ROUTERS
+from tests.layer.router_rows import N as NUM_ROUTED
 from tests.parity.stock_models import stock_model
 from transformers import PreTrainedModel
 
@@ -52,6 +54,8 @@ def test_logits_are_kept(model_type: str) -> None:
         {"shared_experts": {"num_experts": 1, "intermediate_size": 20, "sigmoid_gate": True}},
         {"layers": {"first_dense": 1, "every": 2}},
         {"layers": {"only": [0, 2]}},
+        {"layers": {"num_experts": [2, 4, 6]}},
+        {"layers": {"top_k": [1, 4, 2]}},
     ],
     ids=str,
 )
@@ -182,12 +186,35 @@ def test_tied_embeddings_stay_tied() -> None:
         ({"router": {"scaling_factor": 2.0}}, {}, "moe.router.scaling_factor = 2.0 .*set it to 1.0"),
         ({}, {"noise": 0.1}, "noise = 0.1 .*exact=False"),
         ({"layers": {"only": [5]}}, {}, "layers.only = 5 .*choose 0 to 2"),
+        ({"capacity": {"factor": 1.0}}, {}, "moe.capacity = .*exact=False"),
+        ({"depth": {"capacity": 0.5}}, {}, "moe.depth = .*exact=False"),
     ],
     ids=str,
 )
 def test_refusals(dense: PreTrainedModel, changes: dict[str, Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         upcycle(dense, spec_for(dense, **changes), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_every_router_is_possible_when_asked_for(name: str, dtype: torch.dtype) -> None:
+    """Cells that layers share, tables of integers and buffers in full precision arrive as a fresh model has them."""
+    dense = dense_model("llama").to(dtype)
+    router = ROUTERS[name].values
+    if "vocabulary_size" in router:
+        router = {**router, "vocabulary_size": VOCABULARY}
+    values = copy_spec(dense, num_experts=NUM_ROUTED, top_k=1).to_dict() | {"router": router}
+    values["balance"] = [{"type": "load_balancing", "coefficient": 0.1, "adaptive": {"capacity_factor": 1.0}}]
+    spec = MoESpec.from_dict(values, where="moe")
+    model, fresh = upcycle(dense, spec, exact=False), moesaic.build(dense.config, spec).to(dtype)
+    expected = {name: (tensor.dtype, tensor.shape) for name, tensor in fresh.state_dict().items()}
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in model.state_dict().items()} == expected
+    trained = {name: parameter.requires_grad for name, parameter in fresh.named_parameters()}
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
+    ids = token_ids()
+    labels = {"modality_ids": ids % 2, "task_ids": torch.zeros(len(ids), dtype=torch.int64)}
+    assert model.train()(ids, labels=ids, **labels).loss.isfinite()
 
 
 def test_shape_is_checked_for_inexact_recipes_too(dense: PreTrainedModel) -> None:

@@ -11,7 +11,7 @@ from moesaic.hf import MoesaicForCausalLM
 from moesaic.hf.families import family_of, feed_forward_weights
 from moesaic.hf.feed_forward import FeedForwardWeights, read
 from moesaic.hf.transplant import decoder_layers, transplant
-from moesaic.layer import MoEBlock, MoESpec, TopKConfig
+from moesaic.layer import MoEBlock, MoESpec, Router, TopKConfig
 
 
 def copy_spec(dense_model: PreTrainedModel, *, num_experts: int, top_k: int) -> MoESpec:
@@ -64,11 +64,23 @@ def upcycle(
         _check_exact(spec, noise)
     generator = torch.Generator().manual_seed(seed)
     hidden_size = dense_model.config.hidden_size
+    layers = spec.layers.indices(len(decoder_layers(dense_model.base_model, dense_model.config)))
+    first: list[Router] = []
 
     def block_tensors(module: nn.Module) -> dict[str, Tensor]:
         weights = read(module)
         assert weights is not None  # all layers have the layout of the first
-        return _block(weights, spec, hidden_size, noise, generator)
+        position = next(positions)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+            block = MoEBlock(spec.at(position), hidden_size, layers[position])
+            block.gate.reset_parameters()  # tables that differ by layer: only now does it know its own
+        if first:
+            block.gate.share(first[0])
+        first.append(block.gate)
+        return _tensors(block, weights, noise, generator)
+
+    positions = iter(range(len(layers)))
 
     return transplant(dense_model, spec, block_tensors)
 
@@ -79,22 +91,20 @@ def _first_layer(dense_model: PreTrainedModel) -> FeedForwardWeights:
     return feed_forward_weights(layers[0], family, dense_model.config.model_type)
 
 
-def _block(
-    weights: FeedForwardWeights, spec: MoESpec, hidden_size: int, noise: float, generator: torch.Generator
+def _tensors(
+    block: MoEBlock, weights: FeedForwardWeights, noise: float, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """State dict of an MoE block whose experts are copies of `weights`."""
+    """State dict of a fresh MoE block whose experts are copies of `weights`, in their dtype and on their device."""
 
     def copies(tensor: Tensor) -> Tensor:
-        stacked = tensor.expand(spec.experts.num_experts, *tensor.shape)
+        stacked = tensor.expand(block.gate.num_experts, *tensor.shape)
         if not noise:
             return stacked
         sample = torch.randn(stacked.shape, generator=generator).to(device=tensor.device, dtype=tensor.dtype)
         return stacked + noise * tensor.std() * sample
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        block = MoEBlock(spec, hidden_size)
-    state = block.state_dict()
+    # A cast of the module, which leaves tables of integers and what must stay in full precision as they are.
+    state = block.to(device=weights.down_DF.device, dtype=weights.down_DF.dtype).state_dict()
     up = "gate_up_proj" if weights.gated else "up_proj"
     state[f"experts.{up}"], state["experts.down_proj"] = copies(weights.up_HD), copies(weights.down_DF)
     if weights.up_bias_H is not None and weights.down_bias_D is not None:
@@ -105,8 +115,6 @@ def _block(
     for name, tensor in state.items():
         if name.startswith("shared_experts.down_proj"):
             tensor.zero_()
-        if not name.endswith("e_score_correction_bias"):
-            state[name] = tensor.to(device=weights.down_DF.device, dtype=weights.down_DF.dtype)
     return state
 
 
@@ -128,6 +136,14 @@ def _check(spec: MoESpec, weights: FeedForwardWeights, dense_model: PreTrainedMo
 def _check_exact(spec: MoESpec, noise: float) -> None:
     if noise:
         raise ConfigError("noise", noise, "changes the logits at step 0", "set exact=False if that is meant")
+    for name, part in (("capacity", spec.capacity), ("depth", spec.depth)):
+        if part is not None:
+            raise ConfigError(
+                f"moe.{name}",
+                part.to_dict(),
+                "leaves tokens without experts, which changes the logits at step 0",
+                "remove it, or set exact=False if that is meant",
+            )
     router = spec.router
     if not isinstance(router, TopKConfig):
         raise ConfigError(

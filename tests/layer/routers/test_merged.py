@@ -137,3 +137,17 @@ def test_initial_weights_are_near_equal() -> None:
     router = MergedConfig.from_dict(PLAIN).build(64, 4).eval()
     weight_TK = router(F.normalize(torch.randn(8, 64))).weight_TK
     torch.testing.assert_close(weight_TK, torch.full((8, 4), 0.25), rtol=0, atol=0.02)
+
+
+def test_experts_that_are_kept_have_weights_beside_a_dropped_one_that_takes_all() -> None:
+    """Normalised rows of width D give logits up to D, and the softmax of the lower ones is 0."""
+    router = MergedConfig(expert_dropout=0.5).build(1024, 2).train()
+    direction_D = torch.randn(1024, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        router.weight.copy_(torch.stack([direction_D, -direction_D]))
+    routing = router(direction_D.expand(32, -1), RoutingContext(batch_size=32, seed=torch.tensor(1)))
+    torch.testing.assert_close(routing.weight_TK.sum(-1), torch.ones(32))
+    assert set(routing.weight_TK[:, 0].tolist()) == {0.0, 1.0}
+    routing.weight_TK.square().sum().backward()
+    assert router.weight.grad is not None
+    assert router.weight.grad.isfinite().all()

@@ -18,6 +18,7 @@ class ZLoss(BalanceLoss):
     def per_sequence(self, routing: Routing, context: RoutingContext) -> Tensor:
         z_T = routing.logits_TN.logsumexp(-1).square()
         if context.mask_T is not None:
-            z_T = z_T * context.mask_T
+            # Not a product: what a padded position holds may be infinite.
+            z_T = z_T.masked_fill(~context.mask_T, 0.0)
         tokens_B = context.tokens_per_sequence(z_T.shape[0], dtype=z_T.dtype, device=z_T.device)
         return z_T.view(context.batch_size, -1).sum(-1) / tokens_B.clamp(min=1)

@@ -78,8 +78,8 @@ class MergedRouter(Router[MergedConfig]):
             drawn_BSN = uniform(context, self.layer, scores_BSN.shape, stream=0, like=scores_BSN)
             kept_BSN = drawn_BSN >= config.expert_dropout
             kept_BSN = kept_BSN | ~kept_BSN.any(-1, keepdim=True)
-            weight_BSN = scores_BSN * kept_BSN
-            weight_BSN = weight_BSN / weight_BSN.sum(-1, keepdim=True)
+            # From logits rather than scores: those of all experts that are kept may be 0 beside one that is not.
+            weight_BSN = logits_BSN.masked_fill(~kept_BSN, float("-inf")).softmax(-1)
         return merged_routing(logits_BSN, scores_BSN, weight_BSN, mask_BL.unsqueeze(-1))
 
     @property

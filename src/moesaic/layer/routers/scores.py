@@ -20,7 +20,8 @@ def score(logits_TN: Tensor, function: ScoreFunction) -> Tensor:
         case "sigmoid":
             return logits_TN.sigmoid()
         case "sqrt_softplus":
-            return F.softplus(logits_TN).sqrt()
+            # The root of 0, which the softplus of about -100 is, has no derivative.
+            return F.softplus(logits_TN).clamp(min=torch.finfo(logits_TN.dtype).tiny).sqrt()
 
 
 def limit_to_groups(
