@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.hf.tiny import backbone_config, token_ids
+from tests.layer import test_router_matrix as matrix
+from tests.layer.router_rows import ROUTERS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -186,6 +188,26 @@ def test_later_tokens_matter_only_where_declared(fields: dict[str, Any], trainin
         alone[1] *= -3
         torch.testing.assert_close(run(block, alone)[0][0], expected_BTD[0])
     assert moved == ("later_tokens" in make_spec(**fields).depends_on(training))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_goes_with_every_router(training: bool) -> None:
+    for name, row in ROUTERS.items():
+        spec = make_spec(
+            experts={"num_experts": matrix.N, "intermediate_size": 4}, router=row.values, shared_experts={}
+        )
+        torch.manual_seed(0)
+        block = MoEBlock(spec, matrix.D).double().train(training)
+        context, x_BTD = matrix.make_context(), matrix.make_input().requires_grad_()
+        y_BTD = block(x_BTD, context)
+        routing = context.records[0]
+        assert routing.skipped_T is not None, name
+        skipped_BT = routing.skipped_T.view(y_BTD.shape[:2])
+        assert int(skipped_BT.sum()) == matrix.B * (matrix.LENGTH // 2), name
+        assert not y_BTD[skipped_BT].any(), name
+        loss_B = LoadBalancing(coefficient=1.0).of_sequences(routing, context)
+        (gradient,) = torch.autograd.grad(y_BTD.square().sum() + loss_B.sum(), x_BTD)
+        assert gradient.isfinite().all(), name
 
 
 # --- Losses and gradients ---------------------------------------------------------------------------------------------

@@ -77,7 +77,10 @@ def _start(scores_TN: Tensor, spread: float) -> Tensor:
     """The assignment by prices that nearly balance loads."""
     mask_GL = torch.ones(1, scores_TN.shape[0], dtype=torch.bool)
     plan_TN = balanced_plan(scores_TN.unsqueeze(0) / (0.05 * spread), mask_GL, iterations=_ROUNDS).squeeze(0)
-    return plan_TN.argmax(-1)
+    # Where experts are equal to a token, they take turns: else the first would get all such tokens.
+    tokens, experts = scores_TN.shape
+    turn_T1 = (torch.arange(tokens) % experts).unsqueeze(-1)
+    return plan_TN.scatter_add(-1, turn_T1, torch.full((tokens, 1), 1e-12, dtype=plan_TN.dtype)).argmax(-1)
 
 
 class _Loads:
