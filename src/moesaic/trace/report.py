@@ -259,9 +259,9 @@ def _frequency_plot(statistics: Sequence[RouterStatistics]) -> Markup | None:
         np.array([[bucket.experts for bucket in row.by_frequency] for row in rows]),
         label="Experts that a token ran, by how often it occurs in the text",
         row_title="layer",
-        column_title="occurrences of the token",
+        column_title="occurrences of the token, from",
         row_names=[str(row.layer) for row in rows],
-        column_names=[f"{bucket.least}-{bucket.most}" for bucket in rows[0].by_frequency],
+        column_names=[str(bucket.least) for bucket in rows[0].by_frequency],
     )
 
 

@@ -164,12 +164,10 @@ class StatisticsTables:
         return Group(self._layers(), *filter(None, (self._frequency(), self._positions())))
 
     def _layers(self) -> Table:
-        table = Table(title="Routers", title_justify="left", box=SIMPLE_HEAD)
-        table.add_column("layer")
-        table.add_column("router")
-        for name in ("experts per token", "nulls", "dropped", "unserved", "by state"):
-            table.add_column(name, justify="right")
-        table.add_column("readings")
+        table = Table("layer", title="Routers", title_justify="left", box=SIMPLE_HEAD)
+        table.add_column("router", no_wrap=True)
+        for name in ("experts\nper token", "null\nshare", "dropped", "no\nexpert", "decided\nby state"):
+            table.add_column(name, justify="right", no_wrap=True)
         for row in self.statistics:
             table.add_row(
                 str(row.layer),
@@ -179,8 +177,14 @@ class StatisticsTables:
                 f"{row.drop_rate:.1%}" if row.drop_rate else "-",
                 f"{row.unserved:.1%}" if row.unserved else "-",
                 "-" if row.state_influence is None else f"{row.state_influence:.1%}",
-                ", ".join(f"{name} {value:.3g}" for name, value in row.readings.items()),
             )
+        # As a column, what only some routers have would squeeze the others.
+        table.caption = "\n".join(
+            f"layer {row.layer}: " + ", ".join(f"{name} {value:.3g}" for name, value in row.readings.items())
+            for row in self.statistics
+            if row.readings
+        )
+        table.caption_justify = "left"
         return table
 
     def _frequency(self) -> Table | None:
@@ -188,9 +192,9 @@ class StatisticsTables:
         rows = [row for row in self.statistics if row.experts_std and row.by_frequency]
         if not rows:
             return None
-        table = Table("layer", title="Experts per token by token frequency", title_justify="left", box=SIMPLE_HEAD)
+        table = Table("layer", title="Experts per token by its frequency", title_justify="left", box=SIMPLE_HEAD)
         for bucket in rows[0].by_frequency:
-            table.add_column(f"{bucket.least}-{bucket.most} times", justify="right")
+            table.add_column(f"{bucket.least}-{bucket.most}", justify="right")
         for row in rows:
             table.add_row(str(row.layer), *(f"{bucket.experts:.2f}" for bucket in row.by_frequency))
         return table
