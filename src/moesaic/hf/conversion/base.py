@@ -13,6 +13,7 @@ from moesaic.errors import ConfigError, UnsupportedExport, UnsupportedModel
 from moesaic.hf.router_presets import unsupported
 from moesaic.layer import LayerPlacement, MoESpec, TopKConfig
 from moesaic.layer.activations import ACTIVATIONS
+from moesaic.layer.balance.conversions import from_transformers
 
 
 class FamilyConversion(ABC):
@@ -86,13 +87,12 @@ def rename(tensors: Mapping[str, Tensor], children: Mapping[str, str]) -> dict[s
 def read_balance(config: PreTrainedConfig, layers: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The balance loss that the stock head adds, if it does.
 
-    transformers pools all MoE layers into one loss that is K times larger than ours, which is summed over layers. With
-    this coefficient both have the same value and gradient whenever all layers have the same load.
+    `from_transformers` says how far it is the same.
     """
     if not (config.output_router_logits and config.router_aux_loss_coef):
         return []
     num_layers = len(LayerPlacement.from_dict(layers).indices(config.num_hidden_layers))
-    coefficient = config.router_aux_loss_coef * config.num_experts_per_tok / num_layers
+    coefficient = from_transformers(config.router_aux_loss_coef, config.num_experts_per_tok, num_layers)
     return [{"type": "load_balancing", "coefficient": coefficient, "scope": "batch"}]
 
 

@@ -16,7 +16,8 @@ from moesaic.hf.conversion.siblings import sparse_sibling
 from moesaic.hf.families import family_of
 from moesaic.hf.model import MoesaicForCausalLM
 from moesaic.hf.transplant import decoder_layers, transplant_back
-from moesaic.layer import MoESpec, TopKConfig
+from moesaic.layer import LoadBalancing, MoESpec, TopKConfig
+from moesaic.layer.balance.conversions import to_transformers
 from moesaic.layer.schedule import value_at
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ def _carry_balance(config: PreTrainedConfig, conversion: FamilyConversion, spec:
     num_layers = len(spec.layers.indices(config.num_hidden_layers))
     for loss in spec.balance:
         advice = "it has no counterpart there"
-        if loss.type == "load_balancing" and hasattr(config, "router_aux_loss_coef"):
-            coefficient = value_at(loss.coefficient, 1.0) * num_layers / top_k_router(spec).top_k
+        if isinstance(loss, LoadBalancing) and loss.counts == "all" and hasattr(config, "router_aux_loss_coef"):
+            coefficient = to_transformers(value_at(loss.coefficient, 1.0), top_k_router(spec).top_k, num_layers)
             advice = f"output_router_logits=True with router_aux_loss_coef={coefficient:g} comes close in training"
         logger.warning("export to %s drops the balance loss %s: %s", config.model_type, loss.name, advice)
