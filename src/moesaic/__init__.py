@@ -6,12 +6,16 @@ Importing it registers the model type "moesaic" with the Auto classes, and the e
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from moesaic.catalog import preset
 from moesaic.hf import MoeCausalLMOutput, MoesaicConfig, MoesaicForCausalLM, MoesaicModel, build, convert, export
 from moesaic.layer import MoESpec
 from moesaic.trace import record
-from moesaic.train import Balancer, balance
 from moesaic.transform import add_null_experts, upcycle
+
+if TYPE_CHECKING:
+    from moesaic.train import Balancer, balance
 
 __version__ = "0.1.0"
 
@@ -31,3 +35,12 @@ __all__ = [
     "record",
     "upcycle",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`balance` and `Balancer`, on first use: training imports much that models don't need."""
+    if name in ("Balancer", "balance"):
+        from moesaic import train
+
+        return getattr(train, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,11 +6,11 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moesaic.errors import ConfigError, TrainingError, UnsupportedModel
 from moesaic.hf.forward import forward_context, sequence_weights
@@ -19,6 +19,9 @@ from moesaic.layer import BalanceLoss, MoESpec, Routing, RoutingContext, Schedul
 from moesaic.layer.balance import BalanceObjective, Coefficients
 from moesaic.layer.schedule import value_at
 from moesaic.train.routing_load import RoutingLoad, load_metrics
+
+if TYPE_CHECKING:
+    from transformers import Trainer  # imports all that a training may need
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +113,7 @@ class Balancer:
         Raises:
             ConfigError: if a schedule needs `steps`.
         """
-        if isinstance(target, Trainer):
+        if not isinstance(target, torch.optim.Optimizer):
             self._attach_trainer(target)
             return
         if steps is None and (self._coefficients.scheduled or isinstance(getattr(self._update, "rate", 0), Schedule)):
