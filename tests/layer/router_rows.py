@@ -264,7 +264,8 @@ ROUTERS: dict[str, Row] = {
         {"type": "merged", "expert_dropout": 0.0, "normalize_input": False, "normalize_weight": False},
         balanced="every sequence merges all experts",
     ),
-    "merged_top_k": Row({"type": "merged_top_k", "top_k": 3}),
+    "merged_top_k": Row({"type": "merged_top_k", "top_k": 3, "normalize_top_k": False}),
+    "merged_top_k_token_bottleneck": Row({"type": "merged_top_k", "top_k": 3, "token_bottleneck": 4}),
     "merged_top_k_normalised": Row(
         {
             "type": "merged_top_k",

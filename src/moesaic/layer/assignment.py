@@ -102,12 +102,16 @@ class Merge:
     Attributes:
         weight_GN: weight of each expert in each group's merged expert.
         group_T: group of each token, int64; G for tokens that pass none.
+        added_TD: what is added to the tokens before they pass, or None (MEO's token attention).
     """
 
     weight_GN: Tensor
     group_T: Tensor
+    added_TD: Tensor | None = None
 
     def run(self, experts: nn.Module, x_TD: Tensor) -> Tensor:
         weights = ExpertWeights.of(experts).merged(self.weight_GN)
+        if self.added_TD is not None:
+            x_TD = x_TD + self.added_TD.to(x_TD.dtype)
         one_T1 = torch.ones(self.group_T.shape[0], 1, dtype=self.weight_GN.dtype, device=x_TD.device)
         return run_experts(getattr(experts, "kernel", "auto"), weights, x_TD, self.group_T.unsqueeze(-1), one_T1)

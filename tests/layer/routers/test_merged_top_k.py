@@ -67,6 +67,27 @@ def test_output_is_that_of_one_expert_with_the_summed_parameters() -> None:
     assert not torch.allclose(run(weights, x_TN, routing.index_TK, routing.weight_TK), expected_TD)
 
 
+def test_bottleneck_adds_to_what_is_averaged_and_to_what_the_expert_gets() -> None:
+    torch.manual_seed(0)
+    experts = Experts(ExpertsConfig(num_experts=4, intermediate_size=5), 4).double()
+    experts.reset_parameters(std=1.0)
+    router, plain = make_router(4, top_k=2, token_bottleneck=3), make_router(4, top_k=2)
+    x_TN = torch.randn(5, 4, dtype=torch.float64)
+
+    def outcome(router: MergedTopKRouter, x_TN: Tensor) -> tuple[Tensor, Tensor]:
+        routing = router(x_TN)
+        assert routing.assignment is not None
+        return routing.logits_TN, routing.assignment.run(experts, x_TN)
+
+    torch.testing.assert_close(outcome(router, x_TN), outcome(plain, x_TN))  # nothing is added at first
+    names = ("down_weight", "down_bias", "up_weight", "up_bias")
+    down, down_bias, up, up_bias = (router.get_parameter(name) for name in names)
+    for parameter in (down, down_bias, up, up_bias):
+        torch.nn.init.normal_(parameter)
+    expected_TN = x_TN + (x_TN @ down.T + down_bias).clamp(min=0) @ up.T + up_bias
+    torch.testing.assert_close(outcome(router, x_TN), outcome(plain, expected_TN))
+
+
 def test_facts() -> None:
     config = MergedTopKConfig(top_k=2)
     assert config.depends_on(training=False) == config.depends_on(training=True) == {"later_tokens"}

@@ -19,7 +19,12 @@ class MergingConfig(BaseRouterConfig):
 
 
 def merged_routing(
-    logits_BSN: Tensor, scores_BSN: Tensor, weight_BSN: Tensor, member_BLS: Tensor, index_BSK: Tensor | None = None
+    logits_BSN: Tensor,
+    scores_BSN: Tensor,
+    weight_BSN: Tensor,
+    member_BLS: Tensor,
+    index_BSK: Tensor | None = None,
+    added_TD: Tensor | None = None,
 ) -> Routing:
     """The record of tokens whose S groups in each of B sequences pass one merged expert each.
 
@@ -29,6 +34,7 @@ def merged_routing(
         weight_BSN: weight of each expert in each group's merged expert.
         member_BLS: True where a token belongs to a group; padding belongs to none, and any other token to one.
         index_BSK: experts of each group; None for all.
+        added_TD: what is added to the tokens before they pass the experts, or None.
     """
     batch, num_groups, num_experts = logits_BSN.shape
     length, device = member_BLS.shape[1], logits_BSN.device
@@ -49,5 +55,5 @@ def merged_routing(
         logits_TN=logits_TN,
         scores_TN=scores_TN,
         selection_TN=scores_TN.detach(),
-        assignment=Merge(weight_BSN.flatten(0, 1), group_T),
+        assignment=Merge(weight_BSN.flatten(0, 1), group_T, added_TD),
     )
