@@ -16,6 +16,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moesaic.errors import ConfigError
 
+# What pydantic says in the words of Python, in those of YAML.
+_SHAPES = {
+    "model_type": "write `key: value` pairs in its place",
+    "model_attributes_type": "write `key: value` pairs in its place, `type` among them",
+    "tuple_type": "write a list in its place",
+}
+
 
 class Config(BaseModel):
     """Base of all configuration objects: immutable, keyword only, no unknown keys, no infinite numbers or NaN."""
@@ -165,6 +172,8 @@ def _readable(error: ValidationError, model: type[BaseModel], where: str) -> Con
             )
         case "literal_error":
             return ConfigError(field, value, "is not one of the choices", f"choose one of {context['expected']}")
+    if detail["type"] in _SHAPES:
+        return ConfigError(field, value, "is not valid", _SHAPES[detail["type"]])
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return ConfigError(field, value, "is not valid", message)
 

@@ -56,6 +56,6 @@ class UnsupportedDecoding(MoesaicError, ValueError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(
-            f"{reason}, so decoding token by token would route otherwise than training did; "
+            f"{reason}. So decoding token by token would route otherwise than training did; "
             "use a router that docs/routers calls servable, or score whole sequences"
         )

@@ -43,7 +43,19 @@ def says(error: str, *parts: str) -> None:
         ("moe.router.num_groups=3", ("top_k_groups = None is missing", "set both or neither")),
         ("moe.router.type=oracle", ("moe.router.type = 'oracle' is not one of the choices", "'top_k'")),
         ("train.steps=none", ("train.steps = 'none' is not valid", "integer")),
-        ("moe.layers.only=[7]", ("layers.only = 7 is not a layer", "choose 0 to 1")),
+        ("moe.layers.only=[7]", ("moe.layers.only = 7 is not a layer", "choose 0 to 1")),
+        ("moe.layers.top_k=[1]", ("moe.layers.top_k = (1,) has 1 values for 2 MoE layers", "the layers [0, 1]")),
+        ("moe.router=top_k", ("moe.router = 'top_k' is not valid", "`key: value` pairs", "`type`")),
+        ("moe.capacity=1.25", ("moe.capacity = 1.25 is not valid", "`key: value` pairs")),
+        ("moe.balance.0.coefficient={start: 1}", ("moe.balance.0.coefficient.end = None is required",)),
+        (
+            "moe.router={type: task, num_tasks: 2, top_k: 2}",
+            ("data.domains_are = None", "router task", "set it to task"),
+        ),
+        (
+            "moe.router={type: hash, vocabulary_size: 400, table: balanced, frequencies: counts.json}",
+            ("moe.router.frequencies = '", "counts.json' can't be read", "JSON"),
+        ),
         ("backbone.model_type=nosuch", ("backbone.model_type = 'nosuch' is not a model type", "llama")),
         ("backbone.hiden_size=48", ("backbone.hiden_size = 48 is not a key of llama", "did you mean 'hidden_size'?")),
         ("backbone.num_attention_heads=5", ("backbone = {", "llama says", "not a multiple", "attention heads (5)")),
@@ -69,7 +81,17 @@ def test_a_field_that_cannot_be_used(
 
 @pytest.mark.parametrize(
     "override",
-    ["backbone.model_type=nosuch", "backbone={model_type: opt}", "moe.layers.only=[7]", "train.device=abacus"],
+    [
+        "backbone.model_type=nosuch",
+        "backbone={model_type: opt}",
+        "moe.layers.only=[7]",
+        "moe.router={type: task, num_tasks: 2, top_k: 2}",
+        "moe.router={type: modality, banks: [4, 4], top_k: 2}",
+        "moe.balance.0={type: local_entropy, modality: 1, coefficient: 0.1}",
+        "moe.router={type: hash, vocabulary_size: 400, table: balanced, frequencies: counts.json}",
+        "moe.router={type: hash, vocabulary_size: 100}",
+        "train.device=abacus",
+    ],
 )
 def test_a_model_that_cannot_be_built_is_refused_before_text_is_read(
     cli: Cli, run_file: Path, tmp_path: Path, override: str

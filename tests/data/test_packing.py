@@ -123,3 +123,44 @@ def test_isolation_needs_the_cache_off():
         isolated = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
         leaking = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=True).logits
     assert (isolated - leaking).abs().max() > 1e-3
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 2)), min_size=1, max_size=12), st.integers(2, 8))
+def test_domains_as_tasks_cut_each_domain_by_itself(documents: list[tuple[int, int]], sequence_length: int):
+    lengths, domains = map(list, zip(*documents, strict=True))
+    tokens = numbered_documents(lengths)
+    sequences = PackedSequences(store_of(tokens, domains), sequence_length, domains_are="task")
+    expected: list[tuple[int, list[int]]] = []
+    for domain in sorted(set(domains)):
+        stream = [token for each, owner in zip(tokens, domains, strict=True) if owner == domain for token in each]
+        whole = len(stream) // sequence_length
+        expected += [(domain, stream[n * sequence_length : (n + 1) * sequence_length]) for n in range(whole)]
+    assert len(sequences) == len(expected)
+    if expected:
+        batch = sequences.batch(range(len(sequences)))
+        assert batch["input_ids"].tolist() == [tokens for _, tokens in expected]
+        assert "task_ids" in batch
+        assert batch["task_ids"].tolist() == [domain for domain, _ in expected]
+        assert (batch["domain_ids"] == batch["task_ids"].unsqueeze(-1)).all()
+        collated = next(iter(DataLoader(sequences, batch_size=len(sequences))))
+        assert torch.equal(collated["task_ids"], batch["task_ids"])
+
+
+def test_the_last_sequence_of_a_task_is_kept_in_evaluation():
+    store = store_of([[1, 2, 3], [4, 5, 6, 7, 8]], [0, 1])
+    kept = PackedSequences(
+        store, 3, documents=store.documents_of(1), keep_partial=True, fill_id=99, domains_are="task"
+    ).batch([0, 1])
+    assert kept["input_ids"].tolist() == [[4, 5, 6], [7, 8, 99]]
+    assert "task_ids" in kept
+    assert kept["task_ids"].tolist() == [1, 1]
+
+
+def test_domains_as_modalities_are_those_of_each_token():
+    sequences = PackedSequences(store_of([[1, 2, 3], [4, 5]], [0, 2]), 4, keep_partial=True, domains_are="modality")
+    batch = sequences.batch([0, 1])
+    assert "modality_ids" in batch
+    assert batch["modality_ids"].tolist() == [[0, 0, 0, 2], [2, 2, 2, 2]]  # padding as the token before
+    assert batch["domain_ids"].tolist() == [[0, 0, 0, 2], [2, -1, -1, -1]]
+    assert "task_ids" not in batch

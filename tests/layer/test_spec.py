@@ -86,10 +86,10 @@ def test_placement(rule: dict[str, Any], indices: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"first_dense": 6}, r"layers = .*leaves no MoE layer among 6; lower first_dense or every"),
-        ({"every": 7}, r"layers = .*leaves no MoE layer among 6"),
-        ({"only": []}, r"layers = .*leaves no MoE layer among 6; .*name layers in only"),
-        ({"only": [2, 6]}, r"layers\.only = 6 is not a layer; choose 0 to 5"),
+        ({"first_dense": 6}, r"moe\.layers = .*leaves no MoE layer among 6; lower first_dense or every"),
+        ({"every": 7}, r"moe\.layers = .*leaves no MoE layer among 6"),
+        ({"only": []}, r"moe\.layers = .*leaves no MoE layer among 6; .*name layers in only"),
+        ({"only": [2, 6]}, r"moe\.layers\.only = 6 is not a layer; choose 0 to 5"),
     ],
 )
 def test_placement_that_does_not_fit_the_model_is_refused(rule: dict[str, Any], message: str) -> None:
@@ -110,6 +110,33 @@ def test_placement_that_does_not_fit_the_model_is_refused(rule: dict[str, Any], 
             "balance",
             [{"type": "z_loss", "coefficient": 1}, {"type": "z_loss", "coefficient": 2}],
             r"moe\.balance = \['z_loss', 'z_loss'\] names a loss twice; keep one of them, or give each",
+        ),
+        ("capacity", {"factr": 1.0}, r"moe\.capacity\.factr = 1\.0 is not a known key; did you mean 'factor'\?"),
+        ("capacity", 1.25, r"moe\.capacity = 1\.25 is not valid; write `key: value` pairs in its place"),
+        ("depth", {"capacity": 1.5}, r"moe\.depth\.capacity = 1\.5 is not valid; .*less than or equal to 1"),
+        ("depth", {"decoding": "threshold"}, r"moe\.depth\.decoding = 'threshold' is not taught without the .* depth"),
+        ("balance", {"type": "z_loss"}, r"moe\.balance = .* is not valid; write a list in its place"),
+        (
+            "balance",
+            [{"type": "load", "coefficient": 0.1}],
+            r"moe\.balance\.0\.type = 'load' needs a router that knows the probability of each pick; use router noisy",
+        ),
+        (
+            "balance",
+            [{"type": "router", "loss": "distillation", "coefficient": 0.1}],
+            r"moe\.balance\.0\.loss = 'distillation' is no loss of router top_k; remove this entry",
+        ),
+        (
+            "balance",
+            [{"type": "depth", "coefficient": 0.1}],
+            r"moe\.balance\.0\.type = 'depth' teaches what only depth\.decoding: threshold uses; remove it",
+        ),
+        ("selection_bias_update", {}, r"moe\.selection_bias_update = .* finds no bias in router top_k; give it"),
+        ("layers.top_k", [1, 5], r"moe\.layers\.top_k\.1 = 5 is larger than num_experts \(4\); choose 1 to 4"),
+        (
+            "layers.num_experts",
+            [1, 4],
+            r"moe\.layers\.num_experts\.0 = 1 does not fit the router, whose top_k = 2 is larger .* \(1\); give that",
         ),
         ("shared_experts.width", 3, r"moe\.shared_experts\.width = 3 is not a known key; known here: "),
         (
@@ -138,6 +165,30 @@ def test_a_list_of_layers_does_not_go_with_a_rule(rule: dict[str, int]) -> None:
         LayerPlacement.from_dict({"only": [1], **rule})
 
 
+@pytest.mark.parametrize("kind", ["expert_choice", "soft_slots", "mixture_of_tokens", "merged", "dense"])
+def test_a_capacity_needs_picks(kind: str) -> None:
+    values = {**SMALL, "router": {"type": kind}, "capacity": {"factor": 1.0}}
+    with pytest.raises(ConfigError, match=rf"^moe\.capacity = .* does not go with router {kind}: .*; remove it"):
+        MoESpec.from_dict(values, where="moe")
+
+
+def test_layers_can_only_list_picks_for_a_router_that_has_them() -> None:
+    values = {**SMALL, "router": {"type": "dense"}, "layers": {"top_k": [1, 2]}}
+    with pytest.raises(ConfigError, match=r"^moe\.layers\.top_k = \(1, 2\) means nothing to dense; remove it"):
+        MoESpec.from_dict(values, where="moe")
+
+
+def test_what_a_model_must_be_told() -> None:
+    assert MoESpec.from_dict(SMALL).needs == frozenset()
+    by_id = {**SMALL, "router": {"type": "hash", "vocabulary_size": 9, "num_domains": 2}}
+    assert MoESpec.from_dict(by_id).needs == {"token_ids", "task"}
+    losses = [
+        {"type": "local_entropy", "coefficient": 0.1, "modality": 1},
+        {"type": "mutual_information", "coefficient": 0.1, "given": "task", "num_labels": 2, "scope": "batch"},
+    ]
+    assert MoESpec.from_dict({**SMALL, "balance": losses}).needs == {"modality", "task"}
+
+
 def test_a_router_section_without_type_is_top_k() -> None:
     spec = MoESpec.from_dict({"experts": {"num_experts": 8, "intermediate_size": 4}, "router": {"top_k": 2}})
     assert spec.router.type == "top_k"
@@ -147,6 +198,14 @@ def test_a_router_section_without_type_is_top_k() -> None:
     ("router", "message"),
     [
         ({"type": "top_k", "topk": 2}, r"^moe.router.topk = 2 is not a known key; did you mean 'top_k'"),
+        (
+            {"type": "null_experts", "top_k": 12, "num_null": 3},
+            r"^moe.router.top_k = 12 is larger than .* \(11\); choose",
+        ),
+        (
+            {"type": "mlp", "top_k": 2, "hiden_size": 4},
+            r"^moe.router.hiden_size = 4 is not a known key; did you mean 'hid",
+        ),
         ({"type": "noisy_topk"}, r"^moe.router.type = 'noisy_topk' is not one of the choices; .*'noisy_top_k'"),
         ({"type": "noisy_top_k"}, r"^moe.router.top_k = None is required"),
         ({}, r"^moe.router.top_k = None is required"),

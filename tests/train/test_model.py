@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.train.builders import tiny_run
+from tests.train.builders import data_config, tiny_run
 
+from moesaic.data import prepare_data
 from moesaic.errors import CheckpointError, ConfigError
 from moesaic.hf import MoesaicForCausalLM
-from moesaic.train import RunConfig, build_model
+from moesaic.trace import record
+from moesaic.train import RunConfig, build_model, train
+from moesaic.train.evaluate import evaluate
+from moesaic.train.load import load_model
 from moesaic.train.model import select_device
 from moesaic.train.rng import seed_all
 
@@ -54,3 +58,34 @@ def test_a_missing_initial_model_is_named(data, tmp_path):
 def test_a_device_that_is_not_there_is_refused(name):
     with pytest.raises(ConfigError, match=rf"train\.device = '{name}'"):
         select_device(name)
+
+
+TASK = {"type": "task", "num_tasks": 2, "kind": "fixed"}  # 4 experts: 0, 1 for the first domain, 2, 3 for the second
+BANKS = {"type": "modality", "banks": [2, 2], "top_k": 1}
+
+
+@pytest.mark.parametrize(("kind", "router"), [("task", TASK), ("modality", BANKS)])
+def test_domains_are_the_tasks_or_modalities_of_a_run(corpus, tmp_path, kind, router):
+    config = data_config(corpus, domains_are=kind)
+    data = prepare_data(config, tmp_path / "data", progress=False)
+    result = train(tiny_run(config, moe={"router": router}, steps=2), tmp_path / "run", data=data, progress=False)
+    assert result.finished
+    assert set(result.validation) == {"sea", "land"}
+    model = load_model(result.checkpoint)
+    for place, domain in enumerate(("sea", "land")):  # in the order in which they are read
+        with record(model, keep="counts") as trace:
+            evaluate(model, {domain: data.validation_batches()[domain]})
+        for layer in trace.layers.values():
+            assert layer.load_N[2 * place : 2 * place + 2].sum() == layer.load_N.sum() > 0
+
+
+def test_a_dense_model_is_trained_on_the_same_batches_and_told_nothing(corpus, tmp_path):
+    config = data_config(corpus, domains_are="task")
+    assert train(tiny_run(config, moe=False, steps=1), tmp_path / "run", progress=False).finished
+
+
+def test_a_saved_model_that_looks_at_tasks_is_refused_without_them(data, tmp_path):
+    run = tiny_run(data_config(tmp_path, domains_are="task"), moe={"router": TASK})
+    build_model(run, data.tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"^data\.domains_are = None gives the model no task, at which router task"):
+        build_model(RunConfig(initial_model=str(tmp_path)), data.tokenizer)

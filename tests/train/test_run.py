@@ -28,6 +28,15 @@ def test_paths_are_taken_from_the_folder_of_the_file(tmp_path, monkeypatch):
     assert run.data.tokenizer.path == str(tmp_path / "tokenizer")
 
 
+def test_counts_of_a_router_lie_beside_the_file(tmp_path):
+    text = "backbone: {model_type: llama}\nmoe:\n  experts: {num_experts: 4, intermediate_size: 8}\n  router: "
+    for frequencies, expected in (("counts.json", str(tmp_path / "counts.json")), ("zipf", "zipf")):
+        router = f"{{type: hash, vocabulary_size: 300, table: balanced, frequencies: {frequencies}}}"
+        (tmp_path / "run.yaml").write_text(text + router)
+        run = RunConfig.from_yaml(tmp_path / "run.yaml")
+        assert run.moe.router.frequencies == expected
+
+
 def test_a_name_that_exists_beside_the_file_is_a_path_and_another_is_a_hub_name(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "local.yaml").write_text("initial_model: model")

@@ -66,8 +66,5 @@ class Preset(Config):
         for field in ("model_type", "num_hidden_layers"):
             if field not in self.backbone:
                 raise ConfigError(f"backbone.{field}", None, "is required", "set it")
-        try:
-            self.moe.layers.indices(self.backbone["num_hidden_layers"])
-        except ConfigError as error:
-            raise ConfigError(f"moe.{error.field}", error.value, error.problem, error.remedy) from None
+        self.moe.layers.indices(self.backbone["num_hidden_layers"])
         return self

@@ -137,6 +137,9 @@ class DataConfig(Config):
         validation_fraction: expected share of documents held out. A document's side depends on its text alone: it
             stays when documents are added or reordered, and equal texts are never on both sides.
         seed: seed of the order of training sequences; it does not move documents between the sides.
+        domains_are: tell the model the domain of each token as its "modality", or that of each sequence as its "task", for
+            routers and losses that look at them. Domains are numbered in the order in which they are read. With "task"
+            each domain is cut into training sequences by itself, so that none holds two; None tells the model nothing.
         isolate_documents: restart positions at each document, so that attention does not cross documents, and predict
             no document's first token from the one before it. Needs `use_cache=False`; see docs/data.md.
     """
@@ -147,4 +150,5 @@ class DataConfig(Config):
     batch_size: PositiveInt = 16
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)
     seed: NonNegativeInt = 0
+    domains_are: Literal["modality", "task"] | None = None
     isolate_documents: bool = False

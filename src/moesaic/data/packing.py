@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -18,12 +18,14 @@ IGNORED_LABEL = -100
 
 
 class Batch(TypedDict):
-    """Tensors of shape (B, T), int64. The first three are model inputs.
+    """Tensors of shape (B, T), int64; `task_ids` (B,). The first five are model inputs.
 
     Attributes:
         input_ids: token ids.
         labels: the same ids; the model shifts them. -100 where nothing is to be predicted.
         position_ids: position in the document; present only with `isolate_documents`.
+        modality_ids: the domain, as the model's modality; present only with `domains_are: modality`.
+        task_ids: the domain of the sequence, as its task; present only with `domains_are: task`.
         document_ids: index of the document within its split; -1 in padding.
         domain_ids: index of the domain (`PreparedData.summary.domains`); -1 in padding.
     """
@@ -31,6 +33,8 @@ class Batch(TypedDict):
     input_ids: Tensor
     labels: Tensor
     position_ids: NotRequired[Tensor]
+    modality_ids: NotRequired[Tensor]
+    task_ids: NotRequired[Tensor]
     document_ids: Tensor
     domain_ids: Tensor
 
@@ -49,6 +53,8 @@ class PackedSequences(Dataset[Batch]):
             tokens that experts must serve.
         fill_id: id of padding.
         isolate_documents: as in `DataConfig`.
+        domains_are: as in `DataConfig`. With "task" the documents are taken domain by domain, and what is left of a
+            domain after its last whole sequence is left out, unless it is the last and `keep_partial` is set.
     """
 
     def __init__(
@@ -60,8 +66,13 @@ class PackedSequences(Dataset[Batch]):
         keep_partial: bool = False,
         fill_id: int = 0,
         isolate_documents: bool = False,
+        domains_are: Literal["modality", "task"] | None = None,
     ) -> None:
         self.sequence_length, self.fill_id, self.isolate_documents = sequence_length, fill_id, isolate_documents
+        self.domains_are = domains_are
+        if domains_are == "task":
+            documents = np.arange(len(store.domains)) if documents is None else documents
+            documents = documents[np.argsort(store.domains[documents], kind="stable")]
         self._store, self._documents = store, documents
         if documents is None:
             self._offsets = store.starts
@@ -71,9 +82,23 @@ class PackedSequences(Dataset[Batch]):
         self.num_tokens = int(self._offsets[-1])
         full, rest = divmod(self.num_tokens, sequence_length)
         self._length = full + (keep_partial and rest > 0)
+        self._first: np.ndarray | None = None  # where each sequence starts, if not at multiples of its length
+        if domains_are == "task" and documents is not None:
+            self._first = self._by_domain(store.domains[documents], keep_partial)
+            self._length = len(self._first)
 
     def __len__(self) -> int:
         return self._length
+
+    def _by_domain(self, domains: np.ndarray, keep_partial: bool) -> np.ndarray:
+        """Where sequences start that hold one domain each; `domains` of the documents, in order."""
+        changes = np.flatnonzero(np.diff(domains)) + 1
+        bounds = self._offsets[np.concatenate([[0], changes, [len(domains)]])]
+        ends = bounds[1:] - self.sequence_length + 1
+        if keep_partial:
+            ends[-1] = bounds[-1]
+        starts = [np.arange(start, end, self.sequence_length) for start, end in zip(bounds[:-1], ends, strict=True)]
+        return np.concatenate(starts).astype(np.int64)
 
     def token_counts(self, vocabulary_size: int) -> np.ndarray:
         """How often each id occurs in the documents taken, int64 (vocabulary_size,).
@@ -101,13 +126,15 @@ class PackedSequences(Dataset[Batch]):
             document_ids=batch["document_ids"][0],
             domain_ids=batch["domain_ids"][0],
         )
-        if "position_ids" in batch:
-            sequence["position_ids"] = batch["position_ids"][0]
+        for name in ("position_ids", "modality_ids", "task_ids"):
+            if (rows := batch.get(name)) is not None:
+                sequence[name] = rows[0]
         return sequence
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """Sequences `indices` as one batch, B = len(indices)."""
-        first_B1 = np.asarray(indices, dtype=np.int64)[:, None] * self.sequence_length
+        index_B1 = np.asarray(indices, dtype=np.int64)[:, None]
+        first_B1 = index_B1 * self.sequence_length if self._first is None else self._first[index_B1]
         stream_BT = first_B1 + np.arange(self.sequence_length)
         filled_BT = stream_BT < self.num_tokens
         # Padding reads the last token, and is overwritten below.
@@ -118,7 +145,8 @@ class PackedSequences(Dataset[Batch]):
 
         input_BT = np.where(filled_BT, self._store.tokens[source_BT], self.fill_id).astype(np.int64)
         labels_BT = np.where(filled_BT, input_BT, IGNORED_LABEL)
-        domain_BT = np.where(filled_BT, self._store.domains[document_BT], -1).astype(np.int64)
+        label_BT = self._store.domains[document_BT].astype(np.int64)
+        domain_BT = np.where(filled_BT, label_BT, -1)
         if self.isolate_documents:
             labels_BT[stream_BT == self._offsets[place_BT]] = IGNORED_LABEL
         document_BT = np.where(filled_BT, document_BT, -1)
@@ -128,6 +156,11 @@ class PackedSequences(Dataset[Batch]):
             document_ids=torch.from_numpy(document_BT),
             domain_ids=torch.from_numpy(domain_BT),
         )
+        # Padding keeps the domain of the last token, as models know no other.
+        if self.domains_are == "modality":
+            batch["modality_ids"] = torch.from_numpy(label_BT)
+        elif self.domains_are == "task":
+            batch["task_ids"] = torch.from_numpy(label_BT[:, 0].copy())
         if self.isolate_documents:
             batch["position_ids"] = torch.from_numpy(positions_in_documents(document_BT))
         return batch

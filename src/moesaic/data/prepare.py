@@ -129,11 +129,14 @@ def _open(config: DataConfig, folder: Path) -> PreparedData:
             keep_partial=True,
             fill_id=end_of_text(tokenizer),
             isolate_documents=config.isolate_documents,
+            domains_are=config.domains_are,
         )
         for index, domain in enumerate(summary.domains)
         if domain in summary.validation
     }
-    sequences = PackedSequences(train, config.sequence_length, isolate_documents=config.isolate_documents)
+    sequences = PackedSequences(
+        train, config.sequence_length, isolate_documents=config.isolate_documents, domains_are=config.domains_are
+    )
     return PreparedData(config, tokenizer, sequences, validation, summary, folder)
 
 

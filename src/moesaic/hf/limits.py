@@ -28,7 +28,8 @@ def check_needs(context: RoutingContext, needs: frozenset[Need]) -> None:
                 argument,
                 None,
                 f"is required: the router of this model looks at {need}",
-                f"call the model with {argument}",
+                f"call the model with {argument}"
+                + ("" if need == "token_ids" else f"; a run with data.domains_are: {need} gives its own text's"),
             )
 
 

@@ -11,7 +11,7 @@ from moesaic.layer.capacity import CapacityConfig
 from moesaic.layer.depth import DepthConfig
 from moesaic.layer.experts import ExpertsConfig
 from moesaic.layer.routers import RouterConfig
-from moesaic.layer.routers.base import Dependence
+from moesaic.layer.routers.base import Dependence, Need
 from moesaic.layer.shared_experts import SharedExpertsConfig
 
 
@@ -48,12 +48,12 @@ class LayerPlacement(Config):
         if self.only is not None:
             beyond = [index for index in self.only if index >= num_layers]
             if beyond:
-                raise ConfigError("layers.only", beyond[0], "is not a layer", f"choose 0 to {num_layers - 1}")
+                raise ConfigError("moe.layers.only", beyond[0], "is not a layer", f"choose 0 to {num_layers - 1}")
         rule = range(self.first_dense + self.every - 1, num_layers, self.every)
         chosen = tuple(sorted(set(rule if self.only is None else self.only)))
         if not chosen:
             raise ConfigError(
-                "layers",
+                "moe.layers",
                 self.to_dict(),
                 f"leaves no MoE layer among {num_layers}",
                 "lower first_dense or every, or name layers in only",
@@ -62,7 +62,7 @@ class LayerPlacement(Config):
             values = getattr(self, name)
             if values is not None and len(values) != len(chosen):
                 raise ConfigError(
-                    f"layers.{name}",
+                    f"moe.layers.{name}",
                     values,
                     f"has {len(values)} values for {len(chosen)} MoE layers",
                     f"give one value for each of the layers {list(chosen)}",
@@ -150,8 +150,14 @@ class MoESpec(Config):
         try:
             router.check(counts[position])
         except ConfigError as error:
-            name = "num_experts" if layers.top_k is None else "top_k"
-            raise ConfigError(f"layers.{name}.{position}", error.value, error.problem, error.remedy) from None
+            if layers.top_k is not None and error.field == "top_k":
+                raise ConfigError(f"layers.top_k.{position}", error.value, error.problem, error.remedy) from None
+            raise ConfigError(
+                f"layers.num_experts.{position}",
+                counts[position],
+                f"does not fit the router, whose {error.field} = {error.value!r} {error.problem}",
+                "give that layer another number of experts, or change the router",
+            ) from None
 
     @property
     def per_layer(self) -> bool:
@@ -173,6 +179,11 @@ class MoESpec(Config):
                 values[section][name] = listed[position]
             values["layers"][name] = None
         return MoESpec.from_dict(values, where=f"moe (MoE layer {position})")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the model must be told of its tokens: what the router looks at, and the labels of balance losses."""
+        return self.router.needs.union(*(loss.needs for loss in self.balance))
 
     def depends_on(self, training: bool) -> frozenset[Dependence]:
         """What the output of a token depends on besides the token itself and earlier ones of its sequence."""

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from moesaic.trace.record import Keep, RoutingTrace, record
 
+_LABELS = ("modality_ids", "task_ids")  # what some routers look at
+
 
 @torch.no_grad()
 def trace_batches(
@@ -34,7 +36,8 @@ def trace_batches(
                 for batch in found:
                     real_BT = (batch["document_ids"] >= 0).to(network.device)
                     input_ids = batch["input_ids"].to(network.device)
-                    network(input_ids=input_ids, attention_mask=real_BT.long(), use_cache=False)
+                    labels = {name: batch[name].to(network.device) for name in _LABELS if name in batch}
+                    network(input_ids=input_ids, attention_mask=real_BT.long(), use_cache=False, **labels)
                     seen += int(real_BT.sum())
                     if seen >= max_tokens:
                         break

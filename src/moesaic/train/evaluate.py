@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moesaic.train.objective import model_inputs, predicted_tokens
+from moesaic.train.objective import inputs_known_to, model_inputs, predicted_tokens
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def _evaluate_domain(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]
     for batch in batches:
         predicted = predicted_tokens([batch])
         if predicted:
-            output = model(**model_inputs(batch, model.device), num_items_in_batch=predicted, use_cache=False)
+            inputs = inputs_known_to(model, model_inputs(batch, model.device))
+            output = model(**inputs, num_items_in_batch=predicted, use_cache=False)
             total += output.loss.double().cpu() * predicted
             tokens += predicted
     return Evaluation.from_sum(total.item(), tokens)

@@ -7,12 +7,17 @@ from collections.abc import Mapping
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from moesaic.data import DataConfig, TrainBPE
 from moesaic.errors import ConfigError
-from moesaic.hf import build, read_backbone
+from moesaic.hf import MoesaicForCausalLM, build, read_backbone
 from moesaic.hf.families import family_of
+from moesaic.layer import HashConfig, MoESpec
+from moesaic.layer.routers.hash import read_frequencies
 from moesaic.train.config import TrainConfig
 from moesaic.train.load import check_local_path, load_model
 from moesaic.train.run import RunConfig
+
+_SMALLEST_TRAINED_VOCABULARY = 258  # 256 bytes and 2 special tokens
 
 
 def select_device(name: str) -> torch.device:
@@ -42,7 +47,8 @@ def check_architecture(run: RunConfig) -> None:
     """Check what can be known of the model before text is tokenised, which may take long.
 
     Raises:
-        ConfigError: if a field of `backbone` or `moe.layers` is invalid, or `initial_model` does not exist.
+        ConfigError: if a field of `backbone` or `moe` is invalid, the layers look at what `data.domains_are` does not
+            give, or `initial_model` does not exist.
         UnsupportedModel: if the backbone can't take MoE layers.
     """
     if run.initial_model is not None:
@@ -52,6 +58,44 @@ def check_architecture(run: RunConfig) -> None:
         if run.moe is not None:
             family_of(config)
             run.moe.layers.indices(config.num_hidden_layers)
+            check_labels(run.moe, run.data)
+            _check_that_it_builds(run, run.moe)
+
+
+def check_labels(spec: MoESpec, data: DataConfig) -> None:
+    """Refuse layers that look at modalities or tasks which batches do not name.
+
+    Raises:
+        ConfigError: naming the field that maps domains to them.
+    """
+    missing = sorted(spec.needs - {"token_ids", data.domains_are})
+    if missing:
+        looking = f"router {spec.router.type}" if missing[0] in spec.router.needs else "a balance loss"
+        other = f"; it can't give a {data.domains_are} too" if data.domains_are in spec.needs else ""
+        raise ConfigError(
+            "data.domains_are",
+            data.domains_are,
+            f"gives the model no {missing[0]}, at which {looking} looks",
+            f"set it to {missing[0]}, which the domain of the text then is{other}",
+        )
+
+
+def _check_that_it_builds(run: RunConfig, spec: MoESpec) -> None:
+    """Build without weights: some fields only show there that they do not fit."""
+    backbone = run.backbone
+    assert backbone is not None
+    if isinstance(backbone, Mapping) and "vocab_size" not in backbone:
+        # The tokenizer decides it later; the smallest that it may find fits every router by token id that will do.
+        smallest, known = 1, getattr(spec.router, "vocabulary_size", _SMALLEST_TRAINED_VOCABULARY)
+        if isinstance(run.data.tokenizer, TrainBPE):
+            fits = known >= _SMALLEST_TRAINED_VOCABULARY
+            smallest = _SMALLEST_TRAINED_VOCABULARY if fits else run.data.tokenizer.vocab_size
+        special = [value for name, value in backbone.items() if name.endswith("_token_id") and isinstance(value, int)]
+        backbone = {**backbone, "vocab_size": max([smallest, *(value + 1 for value in special)])}
+    with torch.device("meta"):
+        build(backbone, spec)
+    if isinstance(spec.router, HashConfig) and spec.router.frequencies is not None:
+        read_frequencies(spec.router)
 
 
 def build_model(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -65,6 +109,8 @@ def build_model(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     if run.initial_model is not None:
         model = load_model(run.initial_model)
         _check_vocabulary(model.config.get_text_config(), tokenizer)
+        if isinstance(model, MoesaicForCausalLM):
+            check_labels(model.config.spec, run.data)
         return model
     config = backbone_config(run, tokenizer)
     if run.moe is not None:

@@ -15,6 +15,7 @@ from moesaic.layer import RoutingContext
 
 _IGNORED_LABEL = -100
 _MODEL_INPUTS = ("input_ids", "labels", "position_ids", "attention_mask")
+_MOESAIC_INPUTS = ("modality_ids", "task_ids")
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,15 @@ class Objective:
 
 
 def model_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """The entries of a batch that models take, on `device`."""
-    return {name: batch[name].to(device, non_blocking=True) for name in _MODEL_INPUTS if name in batch}
+    """The entries of a batch that our models take, on `device`."""
+    names = (*_MODEL_INPUTS, *_MOESAIC_INPUTS)
+    return {name: batch[name].to(device, non_blocking=True) for name in names if name in batch}
+
+
+def inputs_known_to(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`inputs` without those that only our models have a place for, if `model` is not one."""
+    ours = isinstance(model, MoesaicForCausalLM)
+    return {name: tensor for name, tensor in inputs.items() if ours or name not in _MOESAIC_INPUTS}
 
 
 def predicted_tokens(batches: Sequence[Mapping[str, Any]]) -> int:
@@ -51,12 +59,12 @@ def language_model_objective(
 
     Args:
         model: an HF causal language model whose forward takes `num_items_in_batch`.
-        inputs: as `model_inputs` gives them, (B, S) each.
+        inputs: as `model_inputs` gives them, (B, S) each; a dense model is not told modalities or tasks.
         num_items_in_batch: predicted tokens of all micro-batches of the optimiser step. All losses are shares of the
             mean over them, so that their sums over micro-batches are those of one large batch.
     """
     extra = {"output_routing": True} if isinstance(model, MoesaicForCausalLM) else {}
-    output = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False, **extra)
+    output = model(**inputs_known_to(model, inputs), num_items_in_batch=num_items_in_batch, use_cache=False, **extra)
     aux_losses = {name: loss.detach() for name, loss in (getattr(output, "aux_losses", None) or {}).items()}
     cross_entropy = output.loss.detach() - sum(aux_losses.values(), start=torch.zeros((), device=output.loss.device))
     return Objective(output.loss, cross_entropy, aux_losses, getattr(output, "routing", None))

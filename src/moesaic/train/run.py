@@ -62,13 +62,17 @@ class RunConfig(Config):
 def resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """`values` of a run with relative paths joined to `folder`.
 
-    Files of text and JSONL sources are always joined. What may also be a hub name (`backbone`, `initial_model`, the
+    Files of text and JSONL sources and of a router's frequencies are always joined. What may also be a hub name (`backbone`, `initial_model`, the
     tokenizer, a dataset) is joined if it begins with a dot or such a file or folder exists.
     """
     resolved = dict(values)
     for name in ("backbone", "initial_model"):
         if isinstance(resolved.get(name), str):
             resolved[name] = _local_or_hub(resolved[name], folder)
+    router = resolved["moe"].get("router") if isinstance(resolved.get("moe"), Mapping) else None
+    if isinstance(router, Mapping) and router.get("frequencies", "zipf") != "zipf":
+        frequencies = _joined(router["frequencies"], folder)
+        resolved["moe"] = {**resolved["moe"], "router": {**router, "frequencies": frequencies}}
     data = resolved.get("data")
     if isinstance(data, Mapping):
         data = dict(data)

@@ -11,6 +11,7 @@ from torch import Tensor
 from moesaic.configuration import Config
 from moesaic.errors import ConfigError
 from moesaic.layer.balance.adaptive import AdaptiveCoefficient
+from moesaic.layer.balance.labels import Label
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.schedule import Schedule, Scheduled
 
@@ -47,6 +48,11 @@ class BalanceLoss(Config):
     def name(self) -> str:
         """Key under which the loss is reported."""
         return self.label or self.type  # type: ignore[attr-defined]
+
+    @property
+    def needs(self) -> frozenset[Label]:
+        """Labels of tokens that it tells apart, without which it can't be computed."""
+        return frozenset()
 
     def check(self, spec: MoESpec) -> None:
         """Check against the layers whose records it will read.

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
 from moesaic.layer.balance.base import BalanceLoss
-from moesaic.layer.balance.labels import label_of_tokens
+from moesaic.layer.balance.labels import Label, label_of_tokens
 from moesaic.layer.balance.sums import Scope, entropy, probabilities, sum_over
 from moesaic.layer.record import Routing, RoutingContext
 
@@ -19,6 +19,10 @@ class _OfModality(BalanceLoss):
 
     modality: NonNegativeInt | None = None
     scope: Scope = "sequence"
+
+    @property
+    def needs(self) -> frozenset[Label]:
+        return frozenset() if self.modality is None else frozenset({"modality"})
 
     def mean(self, values_TX: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
         """Mean over the tokens, (B, X), and whether there are any, (B,)."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.layer.balance.base import BalanceLoss
-from moesaic.layer.balance.labels import label_of_tokens
+from moesaic.layer.balance.labels import Label, label_of_tokens
 from moesaic.layer.balance.sums import Scope, entropy, mean_over, probabilities, sum_over
 from moesaic.layer.record import Routing, RoutingContext
 
@@ -44,6 +44,10 @@ class MutualInformation(BalanceLoss):
         if self.given == "task" and self.scope == "sequence":
             raise ConfigError("scope", "sequence", "holds one task only", "set scope: batch")
         return self
+
+    @property
+    def needs(self) -> frozenset[Label]:
+        return frozenset() if self.given == "token" else frozenset({self.given})
 
     def per_sequence(self, routing: Routing, context: RoutingContext) -> Tensor:
         p_TM = probabilities(routing)

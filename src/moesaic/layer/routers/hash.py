@@ -140,7 +140,7 @@ class HashRouter(Router[HashConfig]):
         if table_VK is None or table_VK.is_meta or getattr(table_VK, "_is_hf_initialized", False):
             return
         if self.config.table == "balanced":
-            fill_buffer(table_VK, self._balanced(_read_frequencies(self.config)))
+            fill_buffer(table_VK, self._balanced(read_frequencies(self.config)))
         else:
             fill_buffer(table_VK, self._random(torch.arange(len(table_VK), device=table_VK.device)))
 
@@ -236,17 +236,26 @@ def _before(ids_T: Tensor, distance: int, context: RoutingContext) -> Tensor:
     return shift(ids_T).masked_fill(~known_T, -1)
 
 
-def _read_frequencies(config: HashConfig) -> list[float]:
+def read_frequencies(config: HashConfig) -> list[float]:
+    """The counts of a balanced table, one for each id.
+
+    Raises:
+        ConfigError: if they are to come from a file that can't be read or holds something else.
+    """
     size, source = config.vocabulary_size, str(config.frequencies)
     if source == "zipf":
         return [1 / (token + 1) for token in range(size)]
     try:
         values = json.loads(Path(source).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError("frequencies", source, f"can't be read ({error.strerror})", "give a JSON file") from None
+        raise ConfigError(
+            "moe.router.frequencies", source, f"can't be read ({error.strerror})", "give a JSON file"
+        ) from None
     except ValueError:
-        raise ConfigError("frequencies", source, "is not JSON", "write a list of counts, one for each id") from None
-    return _checked(values, size, "frequencies")
+        raise ConfigError(
+            "moe.router.frequencies", source, "is not JSON", "write a list of counts, one for each id"
+        ) from None
+    return _checked(values, size, "moe.router.frequencies")
 
 
 def _checked(values: Any, size: int, field: str) -> list[float]:

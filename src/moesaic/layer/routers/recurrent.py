@@ -148,7 +148,7 @@ class RecurrentRouter(BestKRouter[RecurrentConfig]):
         assert isinstance(first, RecurrentRouter)
         if self.config.residual and first.num_experts != self.num_experts:
             raise ConfigError(
-                "router.residual",
+                "moe.router.residual",
                 self.config.residual,
                 f"adds logits of layers with {first.num_experts} and {self.num_experts} experts",
                 "give all layers the same number of experts, or set it to 0",
