@@ -163,6 +163,8 @@ def test_record_has_the_shapes_and_types_of_the_contract(config: BaseRouterConfi
     assert 0 <= int(routing.index_TK.min()) <= int(routing.index_TK.max()) <= N
     assert 0 <= int(routing.choice_TK.min()) <= int(routing.choice_TK.max()) <= columns
     assert config.may_skip or int(routing.index_TK.max()) < N
+    assert config.has_smooth_load == (routing.load_TN is not None)
+    assert config.has_selection_bias == (getattr(router, "e_score_correction_bias", None) is not None)
     for name in ("weight_TK", "logits_TN", "scores_TN", "selection_TN"):
         assert getattr(routing, name).dtype == torch.float32
     assert routing.weight_TK.isfinite().all()
