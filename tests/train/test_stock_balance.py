@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from tests.parity.stock_models import stock_config, stock_model
 from tests.parity.test_convert import gradients_under_stock_names
+from tests.train.stock_steps import biases_after_a_step, gradients, ragged_batch, run_rank, step
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
@@ -24,39 +26,12 @@ LOSSES: list[BalanceLoss] = [LoadBalancing(coefficient=0.3), ZLoss(coefficient=0
 MODELS = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"]
 
 
-def ragged_batch() -> dict[str, Tensor]:
-    """Four sequences of 12, 9, 7 and 5 tokens, padded on the right; a prompt is not predicted."""
-    ids = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(1))
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate((12, 9, 7, 5)):
-        mask[row, :length] = 1
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[0, :4] = -100
-    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
-
-
-def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(
             actual[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, at=name: f"{at}: {text}"
         )
-
-
-def step(model: PreTrainedModel, parts: list[slice]) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of an optimiser step over the ragged batch, cut into micro-batches."""
-    batch, total = ragged_batch(), 0.0
-    model.zero_grad()
-    for part in parts:
-        micro = {name: tensor[part] for name, tensor in batch.items()}
-        loss = model(**micro, num_items_in_batch=int((batch["labels"][:, 1:] != -100).sum())).loss
-        loss.backward()
-        total += loss.item()
-    return total, gradients(model)
 
 
 # --- The numbers of our own models --------------------------------------------------------------------------------------
@@ -390,3 +365,32 @@ def test_what_cannot_be_balanced_is_refused_with_the_reason() -> None:
     moesaic.balance(model, LOSSES)
     with pytest.raises(TrainingError, match="MixtralForCausalLM has a balancer already"):
         moesaic.balance(model, LOSSES)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_in_bfloat16_the_picks_that_were_made_are_counted(model_type: str) -> None:
+    model = stock_model(model_type).train().bfloat16()
+    picked: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if name.endswith(("mlp.gate", "mlp.router")) and type(module).__name__.lower().endswith("topkrouter"):
+            module.register_forward_hook(lambda module, args, output, at=name: picked.update({at: output[2]}))
+    balancer = moesaic.balance(model, LOSSES)
+    batch = ragged_batch()
+    model(**batch).loss.backward()
+    balancer.step()
+    statistics, real = balancer.statistics(), batch["attention_mask"].flatten().bool()
+    assert picked
+    for name, index_TK in picked.items():
+        load_N = torch.bincount(index_TK[real].flatten(), minlength=8)
+        layer = name.split(".")[2]
+        assert statistics[f"max_violation/layer_{layer}"] == pytest.approx(max_violation(load_N).item())
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+
+def test_two_processes_move_the_bias_as_one_does(tmp_path: Path) -> None:
+    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
+    whole = biases_after_a_step([slice(0, 4)])
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(found[name], whole[name]) for name in whole)
