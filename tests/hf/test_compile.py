@@ -41,6 +41,18 @@ def test_training_step(llama: MoesaicForCausalLM) -> None:
     assert_same_gradients(gradients(model), gradients(expected), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("router", [{"type": "hash", "vocabulary_size": 64}, {"type": "random", "top_k": 2}], ids=str)
+def test_training_step_of_a_router_that_learns_nothing(router: dict[str, Any]) -> None:
+    """Its records carry no gradient, and still nothing is recomputed."""
+    model, ids = tiny_model(router=router).train(), token_ids()
+    expected = copy_of(model)
+    torch.manual_seed(0)
+    expected(ids, labels=ids).loss.backward()
+    torch.manual_seed(0)
+    torch.compile(model, fullgraph=True, backend="aot_eager")(ids, labels=ids).loss.backward()
+    assert_same_gradients(gradients(model), gradients(expected), rtol=1e-5, atol=1e-6)
+
+
 def test_moving_coefficients_do_not_compile_again() -> None:
     balance = [
         {"type": "load_balancing", "coefficient": {"start": 0.1, "end": 0.0}},

@@ -91,6 +91,28 @@ def test_frozen_router_gets_no_gradient_and_disturbs_no_other(reentrant: dict[in
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
 
+def test_recomputation_adds_nothing_where_the_first_run_had_a_graph() -> None:
+    """Below, a frozen layer whose record has no gradient; above, a norm, whose saved tensors must stay in place."""
+
+    def gradient(checkpointed: bool) -> Tensor:
+        blocks, norm, context = make_blocks(), nn.LayerNorm(D).double(), RoutingContext(batch_size=B)
+        blocks[0].requires_grad_(False)
+        x_BTD = torch.randn(B, LENGTH, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        for block in blocks:
+
+            def run(x_BTD: Tensor, block: nn.Module = block) -> Tensor:
+                return x_BTD + norm(block(x_BTD, context))
+
+            x_BTD = checkpoint(run, x_BTD, use_reentrant=False) if checkpointed else run(x_BTD)  # type: ignore[assignment]
+        objective = BalanceObjective(LOSSES, torch.tensor([0.7, 0.3], dtype=torch.float64))
+        objective.add_to(x_BTD.square().mean(), objective.by_name(context), context).backward()
+        weight = blocks[1].gate.weight  # type: ignore[union-attr]
+        assert weight.grad is not None
+        return weight.grad  # type: ignore[return-value]
+
+    torch.testing.assert_close(gradient(True), gradient(False), rtol=1e-12, atol=1e-14)
+
+
 def test_no_losses_leave_the_language_loss_alone() -> None:
     objective = BalanceObjective([], torch.ones(1))
     context = RoutingContext()

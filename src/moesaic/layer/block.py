@@ -123,7 +123,9 @@ class MoEBlock(nn.Module):
             y_TD = self.dropout(y_TD)
         if context is not None:
             y_TD = context.attach_state(y_TD, self.layer, routing.state)
-            if context.objective is not None and routing.logits_TN.requires_grad:
+            # A layer whose first run had a graph has its share in the total already.
+            second_run = self.layer in context.ran_without_graph and torch.is_grad_enabled()
+            if context.objective is not None and second_run and routing.logits_TN.requires_grad:
                 y_TD = context.objective.attach(y_TD, self.layer, routing, context)
         return y_TD.view(x.shape)
 

@@ -113,6 +113,7 @@ class RoutingContext:
         seed: int64 scalar from which routers that draw random numbers derive them; None for a fixed one. It makes them
             pure functions: layers that are recomputed draw the same numbers.
         records: routing by layer index, in the order in which layers ran.
+        ran_without_graph: layers that first ran without recording a graph, as reentrant checkpointing has them.
         objective: set when layers must add their balance gradient while they are recomputed.
         state_gradients: gradient of each layer's router state that recomputed layers above have left for it.
     """
@@ -125,12 +126,16 @@ class RoutingContext:
     task_B: Tensor | None = None
     seed: Tensor | None = None
     records: dict[int, Routing] = field(default_factory=dict)
+    ran_without_graph: set[int] = field(default_factory=set)
     objective: Recomputed | None = None
     state_gradients: dict[int, Tensor] = field(default_factory=dict)
 
     def commit(self, layer: int, routing: Routing) -> None:
         """Keep the routing of `layer`. The first one stands: recomputation under checkpointing must not replace it."""
-        self.records.setdefault(layer, routing)
+        if layer not in self.records:
+            self.records[layer] = routing
+            if not torch.is_grad_enabled():
+                self.ran_without_graph.add(layer)
 
     def previous(self, layer: int) -> int | None:
         """Index of the last MoE layer below `layer` that has run, or None."""
@@ -150,7 +155,7 @@ class RoutingContext:
         state = None if below is None else self.records[below].state
         if below is None or state is None or not torch.is_grad_enabled():
             return state
-        second_run = layer in self.records and not self.records[layer].logits_TN.requires_grad
+        second_run = layer in self.ran_without_graph
         if state.requires_grad and not second_run:
             return state
         return _LeaveGradient.apply(state.detach().requires_grad_(), self, below)
