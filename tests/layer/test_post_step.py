@@ -129,9 +129,30 @@ def test_a_layer_that_did_not_run_stays() -> None:
 # --- The load of a step over micro-batches and processes ----------------------------------------------------------------
 
 
-def blocks_and_batch() -> tuple[dict[int, MoEBlock], Tensor, Tensor]:
+THRESHOLDS = {"type": "expert_choice", "decoding": "threshold", "capacity_factor": 1.5}
+STEPS: dict[str, dict[str, Any]] = {
+    "selection bias": BASE,
+    "expert choice": {**BASE, "router": THRESHOLDS, "selection_bias_update": None},
+    "drops of a capacity": {
+        **BASE,
+        "capacity": {"factor": 1.0, "minimum": 0},
+        "balance": [{"type": "load_balancing", "coefficient": 0.004, "adaptive": {}}],
+    },
+    "depth": {**BASE, "depth": {"capacity": 0.5}},
+    "depth and expert choice": {
+        **BASE,
+        "router": THRESHOLDS,
+        "selection_bias_update": None,
+        "depth": {"capacity": 0.5},
+    },
+    "temperature": {**BASE, "router": {"type": "dense_to_sparse", "noise": False}, "selection_bias_update": None},
+}
+steps = pytest.mark.parametrize("values", STEPS.values(), ids=STEPS.keys())
+
+
+def blocks_and_batch(values: dict[str, Any]) -> tuple[dict[int, MoEBlock], Tensor, Tensor]:
     torch.manual_seed(0)
-    blocks = {layer: MoEBlock(MoESpec.from_dict(BASE), 8, layer=layer) for layer in range(2)}
+    blocks = {layer: MoEBlock(MoESpec.from_dict(values), 8, layer=layer) for layer in range(2)}
     for block in blocks.values():
         torch.nn.init.normal_(block.gate.weight)
     mask_BL = torch.tensor([[1] * 5, [1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 0]]).bool()
@@ -145,38 +166,42 @@ def loads(blocks: dict[int, MoEBlock], x_BLD: Tensor, mask_BL: Tensor) -> dict[i
     return loads_of(context)
 
 
-def biases_after_one_step(parts: list[slice]) -> dict[int, Tensor]:
-    blocks, x_BLD, mask_BL = blocks_and_batch()
-    micro_batches = [loads(blocks, x_BLD[part], mask_BL[part]) for part in parts]
-    total = {layer: reduce(add, (load[layer] for load in micro_batches)) for layer in blocks}
-    post_step(blocks, all_reduce_loads(total), 0.0)
-    return {layer: block.gate.e_score_correction_bias for layer, block in blocks.items()}
+def state_after_two_steps(values: dict[str, Any], parts: list[slice]) -> dict[str, Tensor]:
+    """All buffers of the blocks; those of the beginning are in the second step's routing."""
+    blocks, x_BLD, mask_BL = blocks_and_batch(values)
+    for progress in (0.25, 0.5):
+        micro_batches = [loads(blocks, x_BLD[part], mask_BL[part]) for part in parts]
+        total = {layer: reduce(add, (load[layer] for load in micro_batches)) for layer in blocks}
+        post_step(blocks, all_reduce_loads(total), progress)
+    return {f"{layer}.{name}": tensor for layer, block in blocks.items() for name, tensor in block.named_buffers()}
 
 
-def test_accumulation_moves_the_bias_as_one_batch_does() -> None:
-    whole = biases_after_one_step([slice(0, 4)])
-    assert all(bias_N.any() for bias_N in whole.values())
-    assert_equal(biases_after_one_step([slice(0, 1), slice(1, 3), slice(3, 4)]), whole)
+@steps
+def test_accumulation_moves_state_as_one_batch_does(values: dict[str, Any]) -> None:
+    blocks, _, _ = blocks_and_batch(values)
+    before = {f"{layer}.{name}": tensor for layer, block in blocks.items() for name, tensor in block.named_buffers()}
+    whole = state_after_two_steps(values, [slice(0, 4)])
+    assert before
+    assert all(not torch.equal(whole[name], tensor) for name, tensor in before.items())
+    parts = [slice(0, 1), slice(1, 3), slice(3, 4)]
+    torch.testing.assert_close(state_after_two_steps(values, parts), whole)
 
 
 def _rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    biases = biases_after_one_step([slice(0, 1)] if rank == 0 else [slice(1, 2), slice(2, 4)])
-    torch.save(biases, f"{folder}/{rank}.pt")
+    parts = [slice(0, 1)] if rank == 0 else [slice(1, 2), slice(2, 4)]
+    torch.save({name: state_after_two_steps(values, parts) for name, values in STEPS.items()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_move_the_bias_as_one_does(tmp_path: Path) -> None:
+def test_two_processes_move_state_as_one_does(tmp_path: Path) -> None:
     mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
-    whole = biases_after_one_step([slice(0, 4)])
-    for rank in range(2):
-        assert_equal(torch.load(tmp_path / f"{rank}.pt"), whole)
-
-
-def assert_equal(actual: dict[int, Tensor], expected: dict[int, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    assert all(torch.equal(actual[layer], expected[layer]) for layer in expected)
+    whole = {name: state_after_two_steps(values, [slice(0, 4)]) for name, values in STEPS.items()}
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, expected in whole.items():
+        torch.testing.assert_close(first[name], expected)
+        torch.testing.assert_close(second[name], first[name], rtol=0, atol=0)
 
 
 # --- Adaptive coefficients ----------------------------------------------------------------------------------------------
