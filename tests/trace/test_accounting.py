@@ -92,6 +92,38 @@ def test_active_experts_are_the_picked_share():
     assert in_layers == accounting.total - sum(accounting.parts[name].total for name in outside) + layer_norms
 
 
+@pytest.mark.parametrize(
+    ("router", "stored", "active", "multiplied"),
+    [
+        # Rows of the table of ids, and the experts' two vectors.
+        (
+            {"type": "stable", "vocabulary_size": 100, "width": 5},
+            100 * 5 + 8 * (5 + 16),
+            5 + 8 * (5 + 16),
+            8 * (5 + 16),
+        ),
+        # A gate for each task, of which a token has one.
+        ({"type": "task", "num_tasks": 3, "top_k": 2}, 3 * 8 * 16, 8 * 16, 8 * 16),
+        ({"type": "task", "num_tasks": 3, "top_k": 2, "kind": "embedding"}, 3 * 16 + 8 * 16, 16 + 8 * 16, 8 * 16),
+    ],
+    ids=["stable", "task gates", "task embedding"],
+)
+def test_rows_that_a_router_looks_up_are_no_product(router: dict, stored: int, active: int, multiplied: int):
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_experts": 8, "intermediate_size": 4}
+
+    def counted(router: dict):
+        with torch.device("meta"):
+            model = moesaic.build(
+                {"model_type": "llama", "vocab_size": 100, **sizes}, {"experts": experts, "router": router}
+            )
+        return account(model)
+
+    found, plain = counted(router), counted({"type": "top_k", "top_k": 1 if router["type"] == "stable" else 2})
+    assert (found.parts["router"].total, found.parts["router"].active) == (stored, active)
+    assert found.matmul_parameters - plain.matmul_parameters == multiplied - 8 * 16
+
+
 def test_flops_are_two_per_matrix_parameter_plus_attention():
     accounting = account(tiny_model(), context_length=100)
     attention = 2 * 32 * 32 + 2 * 32 * 16

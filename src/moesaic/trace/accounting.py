@@ -256,8 +256,10 @@ def _uses(
     elif type(module).__name__.lower().endswith("norm"):
         region = region._replace(part="norms")
     for name, parameter in module.named_parameters(recurse=False):
-        matmul = parameter.ndim > 1 and not name.endswith("bias") and region.part not in ("embeddings", "norms")
-        active = round(parameter.numel() * region.picks / region.experts)
+        row = isinstance(module, Router) and name in module.looked_up
+        matmul = parameter.ndim - row > 1 and not name.endswith("bias") and region.part not in ("embeddings", "norms")
+        used = parameter[0].numel() if row else parameter.numel()
+        active = round(used * region.picks / region.experts)
         yield _Use(region.part, region.layer, parameter.numel(), active, matmul, parameter not in seen)
         seen.add(parameter)
     # What a router borrows from another layer's is work here, too.

@@ -124,6 +124,7 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
         layer: index of the decoder layer; set by the block that owns the router.
         full_precision: names of own buffers that casts leave in float32.
         borrowed: names of submodules that another layer's router owns.
+        looked_up: names of own parameters of which a token uses one row, as of an embedding.
     """
 
     config: ConfigT
@@ -132,6 +133,7 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
     layer: int = 0
     full_precision: tuple[str, ...] = ()
     borrowed: tuple[str, ...] = ()
+    looked_up: tuple[str, ...] = ()
 
     def __init__(self, config: ConfigT, num_experts: int, top_k: int) -> None:
         super().__init__()

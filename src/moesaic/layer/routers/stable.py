@@ -60,6 +60,7 @@ class StableRouter(Router[StableConfig]):
     """
 
     expert_of_token: Tensor
+    looked_up = ("token_embedding",)
 
     def __init__(self, config: StableConfig, hidden_size: int, num_experts: int) -> None:
         super().__init__(config, num_experts, top_k=1)

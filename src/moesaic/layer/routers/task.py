@@ -109,8 +109,10 @@ class TaskRouter(Router[TaskConfig]):
         self.table = table
         self.weight = self.task_embedding = None
         if config.kind == "gate":
+            self.looked_up = ("weight",)
             self.weight = nn.Parameter(torch.empty(config.num_tasks, num_experts, hidden_size))
         elif config.kind == "embedding":
+            self.looked_up = ("task_embedding",)
             self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
             self.task_embedding = nn.Parameter(torch.empty(config.num_tasks, hidden_size))
         fixed = torch.empty(config.num_tasks, self.top_k, dtype=torch.int64) if config.kind == "fixed" else None
