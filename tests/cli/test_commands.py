@@ -240,3 +240,37 @@ def test_demo_does_not_delete_what_is_not_a_run(cli: Cli, tmp_path: Path) -> Non
     assert ended.code == 2
     assert "holds something else than a run" in ended.err
     assert precious.read_text(encoding="utf-8") == "years of work"
+
+
+def test_a_model_by_task_is_trained_on_domains_and_continues_text_of_one(
+    cli: Cli, run_file: Path, tmp_path: Path
+) -> None:
+    options = ("--set", "moe.router={type: task, num_tasks: 2, top_k: 2}", "--set", "data.domains_are=task")
+    folder = tmp_path / "out"
+    assert cli("train", run_file, "-o", folder, *options, "--json").code == 0
+    evaluated = cli("eval", folder, "--limit", "1", "--json")
+    assert json.loads(evaluated.out)["domains"].keys() == {"prose", "code"}
+    assert cli("inspect", folder, "--report", tmp_path / "routing.html", "--max-tokens", "50").code == 0
+    generate = ("generate", folder, "-p", "The", "--max-new-tokens", "2")
+    assert cli(*generate, "--domain", "1").code == 0
+    missing = cli(*generate)
+    assert missing.code == 2
+    assert "--domain = None is missing: the router of this model looks at the task" in missing.err
+    beyond = cli(*generate, "--domain", "2")
+    assert beyond.code == 2
+    assert "task = 2 is not in [0, 2)" in beyond.err
+
+
+def test_a_domain_means_nothing_to_other_models(cli: Cli, trained: Path) -> None:
+    ended = cli("generate", trained, "-p", "The", "--domain", "1")
+    assert ended.code == 2
+    assert "--domain = 1 means nothing to this model; leave it out" in ended.err
+
+
+def test_upcycling_into_another_router(cli: Cli, tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2)).save_pretrained(tmp_path / "dense")
+    options = ("--num-experts", "4", "--top-k", "2", "--set", "moe.router.type=recurrent", "--set")
+    ended = cli("upcycle", tmp_path / "dense", tmp_path / "out", *options, "moe.router.state_size=8", "--inexact")
+    assert ended.code == 0, ended.err
+    router = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.spec.router
+    assert (router.type, router.top_k, router.state_size) == ("recurrent", 2, 8)

@@ -9,7 +9,7 @@ import torch
 from tests.hf.tiny import token_ids
 from torch import Tensor
 
-from moesaic import MoesaicForCausalLM
+from moesaic import MoesaicForCausalLM, build
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 
@@ -83,3 +83,31 @@ def test_routing_can_be_heard_step_by_step(llama: MoesaicForCausalLM, output_rou
     finally:
         handle.remove()
     assert tokens == [12] + [2] * 7
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["task", "modality"])
+def test_what_the_text_is_stays_with_it(kind: str) -> None:
+    routers = {
+        "task": {"type": "task", "num_tasks": 2, "top_k": 2},
+        "modality": {"type": "modality", "banks": [2, 2], "top_k": 1},
+    }
+    torch.manual_seed(0)
+    moe = {"experts": {"num_experts": 4, "intermediate_size": 16}, "router": routers[kind]}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = build({"model_type": "llama", "vocab_size": 64, "initializer_range": 0.3, **sizes}, moe).eval()
+    ids = torch.randint(64, (2, 6))
+    labels = {"task": torch.tensor([1, 0]), "modality": torch.tensor([[0] * 5 + [1], [1] * 5 + [0]])}[kind]
+    expected, grown = ids, labels
+    for _ in range(8):  # what is generated is of the last token's modality
+        logits = model(expected, **{f"{kind}_ids": grown}).logits
+        expected = torch.cat([expected, logits[:, -1:].argmax(-1)], dim=1)
+        grown = grown if kind == "task" else torch.cat([grown, grown[:, -1:]], dim=1)
+    given = {f"{kind}_ids": labels}
+    assert torch.equal(model.generate(ids, **given, **GREEDY), expected)
+    assert torch.equal(model.generate(ids, **given, use_cache=False, **GREEDY), expected)
+    assert torch.equal(model.generate(ids, **given, cache_implementation="static", **GREEDY), expected)
+    assert not torch.equal(model.generate(ids, **{f"{kind}_ids": 1 - labels}, **GREEDY), expected)
+    beams = {**GREEDY, "num_beams": 3}
+    alone = [model.generate(ids[n : n + 1], **{f"{kind}_ids": labels[n : n + 1]}, **beams)[0] for n in (0, 1)]
+    assert torch.equal(model.generate(ids, **given, **beams), torch.stack(alone))

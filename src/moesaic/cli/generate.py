@@ -9,11 +9,13 @@ from typing import Annotated, Any, cast
 
 import torch
 import typer
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from moesaic.cli.console import Json, emit_json, errors
 from moesaic.cli.models import load, positions_of, tokenizer_of
 from moesaic.errors import ConfigError
+from moesaic.hf import MoesaicForCausalLM
 
 
 class _Stream(TextStreamer):
@@ -34,6 +36,10 @@ def command(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the smallest set of this mass.")] = 0.95,
     num_beams: Annotated[int, typer.Option(min=1, help="Beam search with this many beams (not streamed).")] = 1,
+    domain: Annotated[
+        int | None,
+        typer.Option(min=0, help="Number of the text's task or modality, for routers that look at it (docs: Data)."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of sampling.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer, if it is not the model's.")] = None,
     json: Json = False,
@@ -47,6 +53,7 @@ def command(
     text = sys.stdin.read() if prompt == "-" else prompt
     # Nothing to continue means the start of a document.
     inputs: Any = tokens(text or str(tokens.eos_token), return_tensors="pt", add_special_tokens=bool(text))
+    labels = _labels(network, inputs["input_ids"], domain)
     _check_length(network, inputs["input_ids"].shape[1], max_new_tokens)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
@@ -59,6 +66,7 @@ def command(
         streamer=None if json or num_beams > 1 else _Stream(tokens),
         pad_token_id=tokens.pad_token_id if tokens.pad_token_id is not None else tokens.eos_token_id,
         **sampling,
+        **labels,
     )
     seconds = time.perf_counter() - begun
     new = output[0, inputs["input_ids"].shape[1] :]
@@ -70,6 +78,22 @@ def command(
         if num_beams > 1:
             sys.stdout.write(continuation + "\n")
         errors.print(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s", style="dim")
+
+
+def _labels(model: PreTrainedModel, ids_BS: Tensor, domain: int | None) -> dict[str, Tensor]:
+    """The inputs that say which task or modality the text is, for models that look at it."""
+    needs = model.config.spec.router.needs - {"token_ids"} if isinstance(model, MoesaicForCausalLM) else frozenset()
+    if domain is None and needs:
+        raise ConfigError(
+            "--domain",
+            None,
+            f"is missing: the router of this model looks at the {min(needs)} of the text",
+            "give its number; a run numbers its domains in the order in which they are read",
+        )
+    if domain is not None and not needs:
+        raise ConfigError("--domain", domain, "means nothing to this model", "leave it out")
+    labels = {"task": torch.full(ids_BS.shape[:1], domain or 0), "modality": torch.full_like(ids_BS, domain or 0)}
+    return {f"{need}_ids": labels[need] for need in needs}
 
 
 def _check_length(model: PreTrainedModel, prompt_length: int, max_new_tokens: int) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from transformers import PreTrainedModel
 
 from moesaic.cli.console import Json, Set
 from moesaic.cli.models import ShardSize, announce, check_output, load, save
@@ -37,7 +38,7 @@ def command(
     """
     check_output(output, overwrite)
     dense, folder = load(source)
-    values = read_yaml(config) if config else {"moe": copy_spec(dense, num_experts=num_experts, top_k=top_k).to_dict()}
+    values = read_yaml(config) if config else {"moe": _copied(dense, num_experts, top_k)}
     section = apply_overrides(values, overrides or []).get("moe")
     if not isinstance(section, dict):
         raise ConfigError(
@@ -47,3 +48,9 @@ def command(
     model = upcycle(dense, spec, noise=noise, exact=not (inexact or noise), seed=seed)
     save(model, folder, output, max_shard_size=max_shard_size)
     announce(model, output, json=json)
+
+
+def _copied(dense: PreTrainedModel, num_experts: int, top_k: int) -> dict[str, Any]:
+    """The spec of a copy, without the defaults of its router: overrides may choose another one, with other fields."""
+    spec = copy_spec(dense, num_experts=num_experts, top_k=top_k)
+    return {**spec.to_dict(), "router": spec.router.model_dump(mode="json", exclude_defaults=True)}

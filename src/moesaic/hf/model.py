@@ -220,7 +220,8 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, GenerationMixin):
         return self.model.moe_blocks()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As `GenerationMixin.generate`, which documents the arguments.
+        """As `GenerationMixin.generate`, which documents the arguments; also `task_ids` (B,) and `modality_ids` (B, S) of
+        the prompt, whose last token says what is generated.
 
         Raises:
             UnsupportedDecoding: if the routing of a token depends on more than that token and earlier ones.
@@ -229,6 +230,24 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, GenerationMixin):
         if unservable is not None:
             raise UnsupportedDecoding(unservable)
         return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] its protocol names private attributes
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Inputs of one step of generation: of the modalities those of the tokens that are not in the cache."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] as above
+        if inputs.get("modality_ids") is not None:
+            given = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+            inputs["modality_ids"] = inputs["modality_ids"][:, -given.shape[1] :]
+        return inputs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        known = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        modality_BS = known.get("modality_ids")
+        if modality_BS is not None:
+            new = kwargs.get("num_new_tokens", 1)
+            known["modality_ids"] = torch.cat([modality_BS, modality_BS[:, -1:].expand(-1, new)], dim=1)
+        return known
 
     def set_training_progress(self, fraction: float) -> None:
         """Say what share of the training is done, 0 to 1: coefficients with a schedule move there.
@@ -254,6 +273,8 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, GenerationMixin):
         output_routing: bool = False,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        modality_ids: Tensor | None = None,
+        task_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutput:
         """Logits and, with labels, the loss.
@@ -272,7 +293,9 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, GenerationMixin):
             num_items_in_batch: number of predicted tokens over all micro-batches and ranks of the optimiser step. With
                 it, the losses are this micro-batch's share of that mean: sums over micro-batches equal the loss of one
                 large batch, balance losses included. HF Trainer passes it.
-            **kwargs: passed to the decoder (`modality_ids`, `task_ids`), its backbone and the loss function.
+            modality_ids: (B, S) modality of each token, for routers and losses that look at it.
+            task_ids: (B,) task of each sequence, likewise.
+            **kwargs: passed to the decoder, its backbone and the loss function.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -285,6 +308,8 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_router_logits=output_router_logits,
             output_routing=True,
+            modality_ids=modality_ids,
+            task_ids=task_ids,
             return_dict=True,
             **kwargs,
         )
