@@ -5,6 +5,7 @@ tests/hf/test_compat.py holds the canaries: they fail with a readable message wh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,7 @@ __all__ = [
     "register_experts_function",
     "skip_no_expert",
     "use_experts_implementation",
+    "wrap_method",
 ]
 
 
@@ -73,3 +75,28 @@ def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def on_meta_device() -> bool:
     """Whether modules made now are made without storage, as `from_pretrained` does."""
     return torch.get_default_device() == torch.device("meta")
+
+
+def wrap_method(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None]:
+    """Run `around(method, *args, **kwargs)` in place of a method of one object; its class stays as it is.
+
+    Returns:
+        What takes it out again. If something wrapped the method meanwhile, it then calls through.
+    """
+    method, had_own, active = getattr(owner, name), name in vars(owner), True
+
+    @functools.wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around(method, *args, **kwargs) if active else method(*args, **kwargs)
+
+    def undo() -> None:
+        nonlocal active
+        active = False
+        if vars(owner).get(name) is wrapped:
+            if had_own:
+                setattr(owner, name, method)
+            else:
+                delattr(owner, name)
+
+    setattr(owner, name, wrapped)
+    return undo

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moesaic.errors import ConfigError, TrainingError, UnsupportedModel
+from moesaic.hf.compat import wrap_method
 from moesaic.hf.forward import forward_context, sequence_weights
 from moesaic.hf.stock_routing import OwnLoss, StockRouter, stock_routers
 from moesaic.layer import BalanceLoss, MoESpec, Routing, RoutingContext, Schedule, SelectionBiasUpdate
@@ -217,15 +218,11 @@ class Balancer:
         self._undo.append(functools.partial(object.__delattr__, self._model, "_moesaic_balancer"))
 
     def _wrap_forward(self) -> None:
-        """Through an instance attribute, because PEFT calls `forward` past module hooks."""
-        model, forward = self._model, self._model.forward
-        had_own = "forward" in vars(model)
-        signature = inspect.signature(forward)
-        active = True
+        """Not by a module hook, because PEFT calls `forward` past those."""
+        signature = inspect.signature(self._model.forward)
 
-        @functools.wraps(forward)
-        def balanced(*args: Any, **kwargs: Any) -> Any:
-            if not active or not model.training or not torch.is_grad_enabled() or self._open is not None:
+        def balanced(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if not self._model.training or not torch.is_grad_enabled() or self._open is not None:
                 return forward(*args, **kwargs)
             arguments = signature.bind_partial(*args, **kwargs).arguments
             named = {**arguments, **arguments.pop("kwargs", {})}
@@ -247,17 +244,7 @@ class Balancer:
             output.loss = total
             return output
 
-        def unwrap() -> None:
-            nonlocal active
-            active = False  # something may have wrapped it in turn
-            if vars(model).get("forward") is balanced:
-                if had_own:
-                    model.forward = forward
-                else:
-                    del model.forward
-
-        model.forward = balanced
-        self._undo.append(unwrap)
+        self._undo.append(wrap_method(self._model, "forward", balanced))
 
     def _begin(self, named: Mapping[str, Any]) -> RoutingContext:
         if self.losses and self._own_loss.is_back():
@@ -337,10 +324,9 @@ class Balancer:
             logger.warning("the balance loss of %s itself is switched off", type(trainer).__name__)
             trainer.aux_loss_enabled = False  # pyright: ignore[reportAttributeAccessIssue] TRL's
             self._own_loss.off()
-        compute_loss = trainer.compute_loss
 
-        @functools.wraps(compute_loss)
         def balanced(
+            compute_loss: Callable[..., Any],
             model: nn.Module,
             inputs: dict[str, Any],
             return_outputs: bool = False,
@@ -363,9 +349,8 @@ class Balancer:
             total = self._total(loss, context, labels, num_items_in_batch, inputs.get("shift_labels"), scale)
             return (total, *rest) if return_outputs else total
 
-        trainer.compute_loss = balanced
+        self._undo.append(wrap_method(trainer, "compute_loss", balanced))
         trainer.add_callback(self.callback)
-        self._undo.append(functools.partial(delattr, trainer, "compute_loss"))
         self._undo.append(functools.partial(trainer.remove_callback, self.callback))
 
 
