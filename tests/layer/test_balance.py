@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -22,6 +23,7 @@ from moesaic.layer import (
     LocalEntropy,
     MoESpec,
     MutualInformation,
+    RouterConfig,
     RouterLoss,
     Routing,
     RoutingContext,
@@ -154,6 +156,27 @@ def test_picks_of_no_expert_are_not_counted() -> None:
     # f = (2/4 * 2, 0, ...): two of four picks went to expert 0, the others nowhere.
     assert loss.per_sequence(record([[0], [0], [2], [2]], scores), RoutingContext()).item() == pytest.approx(0.5)
     assert loss.per_sequence(record([[2]] * 4, scores), RoutingContext()).item() == 0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"type": "scheduled_top_k", "top_k": {"start": 2, "end": 8}},
+        {"type": "threshold"},
+        {"type": "dselect_k", "num_selectors": 2, "gamma": 0.1},
+    ],
+    ids=str,
+)
+def test_even_routing_gives_one_however_many_picks_tokens_have(values: dict) -> None:
+    """Their records are wider than what a token runs: K T is the number of all picks."""
+    torch.manual_seed(0)
+    router: Any = TypeAdapter(RouterConfig).validate_python(values).build(16, 8).train()
+    if values["type"] == "dselect_k":
+        torch.nn.init.normal_(router.selector_weight)  # decided; a fresh one runs all experts
+    routing = router(torch.randn(4000, 16))
+    assert (routing.index_TK == 8).any()
+    value = LoadBalancing(coefficient=1.0).per_sequence(routing, RoutingContext()).item()
+    assert value == pytest.approx(1.0, abs=0.1)
 
 
 def test_scope_decides_over_which_tokens_the_mean_is_taken() -> None:

@@ -116,6 +116,7 @@ class DSelectKRouter(Router[DSelectKConfig]):
             logits_TN=scores_TN.clamp(min=_LEAST_WEIGHT).log(),
             scores_TN=scores_TN,
             selection_TN=scores_TN.detach(),
+            ragged=True,
             auxiliary={"selector_entropy": _entropy(r_TSN).sum(-1), "unreachable": (1 / reached_TS - 1).sum(-1)},
         )
 

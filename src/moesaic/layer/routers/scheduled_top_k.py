@@ -115,6 +115,7 @@ class ScheduledTopKRouter(Router[ScheduledTopKConfig]):
             logits_TN=logits_TN,
             scores_TN=scores_TN,
             selection_TN=scores_TN.detach(),
+            ragged=config.may_skip,
         )
 
     @torch.no_grad()

@@ -120,6 +120,7 @@ class ThresholdRouter(Router[ThresholdConfig]):
             logits_TN=logits_TN,
             scores_TN=scores_TN,
             selection_TN=selection_TN,
+            ragged=True,
             auxiliary={"diversity": expert_diversity(weight_ND).expand(x_TD.shape[0])},
         )
 
