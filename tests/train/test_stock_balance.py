@@ -358,6 +358,10 @@ def test_what_cannot_be_balanced_is_refused_with_the_reason() -> None:
         moesaic.balance(model, [{"type": "load", "coefficient": 1.0}])
     with pytest.raises(ConfigError, match=r"balance\.0\.num_devices = 3 does not divide num_experts \(8\)"):
         moesaic.balance(model, [{"type": "device_balance", "num_devices": 3, "coefficient": 1.0}])
+    with pytest.raises(ConfigError, match=r"balance\.1\.type = 'local_entropy' looks at the modality of tokens, which"):
+        moesaic.balance(model, [*LOSSES, {"type": "local_entropy", "modality": 1, "coefficient": 1.0}][-2:])
+    with pytest.raises(ConfigError, match=r"losses = .* is one loss, not a list of them; put it in a list"):
+        moesaic.balance(model, {"type": "z_loss", "coefficient": 1.0})  # pyright: ignore[reportArgumentType]
     with pytest.raises(UnsupportedModel, match="MoesaicForCausalLM is a moesaic model"):
         moesaic.balance(moesaic.convert(model), LOSSES)
     with pytest.raises(UnsupportedModel, match="'llama' is not a known MoE family"):

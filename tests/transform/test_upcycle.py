@@ -235,3 +235,11 @@ def test_a_model_with_experts_is_sent_to_convert() -> None:
 def test_a_moesaic_model_is_refused(dense: PreTrainedModel) -> None:
     with pytest.raises(UnsupportedModel, match="has MoE layers already"):
         upcycle(upcycle(dense, spec_for(dense)), spec_for(dense))
+
+
+def test_a_spec_may_be_a_dict(dense: PreTrainedModel) -> None:
+    spec = spec_for(dense)
+    given, read = upcycle(dense, spec.to_dict()).state_dict(), upcycle(dense, spec).state_dict()
+    assert all(torch.equal(given[name], tensor) for name, tensor in read.items())
+    with pytest.raises(ConfigError, match=r"^moe\.router\.topk = 2 is not a known key"):
+        upcycle(dense, {**spec.to_dict(), "router": {"topk": 2}})

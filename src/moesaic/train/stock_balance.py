@@ -403,6 +403,8 @@ def _specs(
     update: SelectionBiasUpdate | Mapping[str, Any] | None,
 ) -> MoESpec:
     """The losses and the update, checked against each router."""
+    if isinstance(losses, Mapping):
+        raise ConfigError("losses", dict(losses), "is one loss, not a list of them", "put it in a list")
     entries = [loss.to_dict() if isinstance(loss, BalanceLoss) else dict(loss) for loss in losses]
     moves = update.to_dict() if isinstance(update, SelectionBiasUpdate) else update
     spec = None
@@ -420,6 +422,10 @@ def _specs(
                 "selection_bias_update", moves, f"finds no bias in {router.preset.router}", "leave it out"
             )
     assert spec is not None
+    for index, loss in enumerate(spec.balance):
+        if loss.needs:
+            problem = f"looks at the {min(loss.needs)} of tokens, which stock models are not told"
+            raise ConfigError(f"balance.{index}.type", loss.type, problem, "leave it out, or convert the model")  # type: ignore[attr-defined]
     return spec
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -40,7 +43,12 @@ def copy_spec(dense_model: PreTrainedModel, *, num_experts: int, top_k: int) -> 
 
 
 def upcycle(
-    dense_model: PreTrainedModel, spec: MoESpec, *, noise: float = 0.0, exact: bool = True, seed: int = 0
+    dense_model: PreTrainedModel,
+    spec: MoESpec | Mapping[str, Any],
+    *,
+    noise: float = 0.0,
+    exact: bool = True,
+    seed: int = 0,
 ) -> MoesaicForCausalLM:
     """Make an MoE model of a dense one; without noise its logits are the dense model's at step 0.
 
@@ -50,7 +58,7 @@ def upcycle(
 
     Args:
         dense_model: a stock `...ForCausalLM`.
-        spec: the MoE layers; `copy_spec` gives one that fits.
+        spec: the MoE layers, also as a dict; `copy_spec` gives one that fits.
         noise: standard deviation of Gaussian noise added to each expert, relative to that of the copied tensor.
         exact: insist that logits are preserved; set it to False for noise or for routers whose weights do not sum to 1.
         seed: of router weights and noise.
@@ -59,6 +67,8 @@ def upcycle(
         UnsupportedModel: if the model's family can't be a backbone or its feed-forward networks are not dense.
         ConfigError: if the experts do not have the shape of the feed-forward network, or `exact` can't be kept.
     """
+    if not isinstance(spec, MoESpec):
+        spec = MoESpec.from_dict(spec, where="moe")
     _check(spec, _first_layer(dense_model), dense_model)
     if exact:
         _check_exact(spec, noise)
