@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from tests.hf.tiny import backbone_config, tiny_spec
+from tests.hf.tiny import backbone_config, tiny_spec, token_ids
 
 import moesaic
 from moesaic import MoESpec
@@ -63,3 +63,30 @@ def test_a_list_has_a_value_for_each_layer() -> None:
 def test_spec_without_lists_is_the_same_at_every_layer() -> None:
     spec: MoESpec = tiny_spec()
     assert spec.at(0) is spec
+
+
+@pytest.mark.parametrize(
+    ("spec", "told", "warned"),
+    [
+        ({}, False, False),
+        ({"balance": [{"type": "z_loss", "coefficient": {"start": 0.1, "end": 0.0}}]}, False, True),
+        ({"balance": [{"type": "z_loss", "coefficient": {"start": 0.1, "end": 0.0}}]}, True, False),
+        ({"router": {"top_k": 2, "selection_bias": True}, "selection_bias_update": {"rate": 0.001}}, False, True),
+        ({"router": {"type": "dense_to_sparse"}}, False, True),
+    ],
+)
+def test_what_moves_by_steps_warns_once_when_no_one_makes_them(
+    spec: dict, told: bool, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = moesaic.build(backbone_config("llama"), tiny_spec(**spec)).train()
+    ids = token_ids()
+    if told:
+        model.set_training_progress(0.0)
+    with caplog.at_level("WARNING", logger="moesaic"):
+        model.eval()(ids, labels=ids)
+        assert not caplog.records
+        model.train()
+        for _ in range(2):
+            model(ids, labels=ids)
+    assert len(caplog.records) == warned
+    assert not warned or "RoutingStepCallback" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,8 @@ from moesaic.hf.limits import check_needs, check_pipeline, check_vocabulary
 from moesaic.hf.output import MoeCausalLMOutput, MoeModelOutput
 from moesaic.layer import MoEBlock, Router, RoutingContext
 from moesaic.layer.balance import BalanceObjective, Coefficients
+
+logger = logging.getLogger(__name__)
 
 RoutingListener = Callable[[RoutingContext], None]
 
@@ -201,6 +204,9 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, GenerationMixin):
         # Kept because validating the spec in each forward pass is slow and can't be compiled.
         self.balance = config.spec.balance
         self.coefficients = Coefficients(self.balance, self._coefficients_of_layer)
+        # Whether training must be told of its steps, and has not been.
+        moves = any(block.moves_by_step for block in self.moe_blocks().values())
+        self._waits_for_steps = moves or self.coefficients.scheduled
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -255,6 +261,16 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, GenerationMixin):
         Trainers call it before each step, also after resuming; until then it is 0.
         """
         self.coefficients.set_progress(fraction)
+        self._waits_for_steps = False
+
+    def _warn_of_missing_steps(self) -> None:
+        """A plain HF Trainer, or a loop of one's own, would leave what moves by steps where it is, and nothing would show."""
+        self._waits_for_steps = False
+        logger.warning(
+            "this model has a selection bias, coefficients or router state that move after each optimiser step, and its "
+            "trainer has not called set_training_progress: they stay as they are. moesaic.train does it; HF Trainer needs "
+            "callbacks=[RoutingStepCallback()]; for a loop of your own see docs/balance.md"
+        )
 
     def _coefficients_of_layer(self, layer: int) -> dict[str, Tensor]:
         return self.moe_blocks()[layer].coefficients_by_loss()
@@ -328,6 +344,8 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, GenerationMixin):
             objective = BalanceObjective(self.balance, weight_B, self.coefficients)
             aux_losses = objective.by_name(context)
             if labels is not None:
+                if self._waits_for_steps and self.training and torch.is_grad_enabled():
+                    self._warn_of_missing_steps()
                 loss = self.loss_function(
                     logits, labels, text_config.vocab_size, num_items_in_batch=num_items_in_batch, **kwargs
                 )

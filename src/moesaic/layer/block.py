@@ -77,6 +77,12 @@ class MoEBlock(nn.Module):
             return {}
         return dict(zip((loss.name for loss in self.adaptive_losses), self.adaptive_coefficients.clone(), strict=True))
 
+    @property
+    def moves_by_step(self) -> bool:
+        """Whether `post_step` changes anything: a selection bias, coefficients or the router's own state."""
+        own_state = type(self.gate).post_step is not Router.post_step
+        return own_state or self.selection_bias_update is not None or bool(self.adaptive_losses)
+
     def post_step(self, load: LayerLoad, progress: float) -> None:
         """Commit state that changes once an optimiser step; see `moesaic.layer.post_step`."""
         self.gate.post_step(load, progress)
