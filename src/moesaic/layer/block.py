@@ -14,7 +14,7 @@ from moesaic.layer.load import LayerLoad
 from moesaic.layer.record import RoutingContext
 from moesaic.layer.routers import Router
 from moesaic.layer.routers.base import fill_buffer
-from moesaic.layer.routers.inputs import linear
+from moesaic.layer.routers.parts.inputs import linear
 from moesaic.layer.schedule import value_at
 from moesaic.layer.shared_experts import SharedExperts
 from moesaic.layer.spec import MoESpec

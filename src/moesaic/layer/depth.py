@@ -13,7 +13,7 @@ from torch import Tensor
 from moesaic.configuration import Config
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import Dependence
-from moesaic.layer.routers.sequences import real_tokens, take
+from moesaic.layer.routers.parts.sequences import real_tokens, take
 
 
 class DepthConfig(Config):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.layer import BaseAssignmentConfig, BaseAssignmentRouter, LayerLoad, RoutingContext
-from moesaic.layer.routers.balanced_assignment import balanced_assignment
+from moesaic.layer.routers.parts.balanced_assignment import balanced_assignment
 
 
 def assign(scores_TN: Tensor) -> Tensor:

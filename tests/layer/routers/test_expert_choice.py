@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.layer import ExpertChoiceConfig, ExpertChoiceRouter, LayerLoad, LoadBalancing, Routing, RoutingContext
-from moesaic.layer.routers.plans import capped_plan
-from moesaic.layer.routers.sequences import take
+from moesaic.layer.routers.parts.plans import capped_plan
+from moesaic.layer.routers.parts.sequences import take
 
 
 def make_router(num_experts: int, *, training: bool = True, **fields: Any) -> ExpertChoiceRouter:

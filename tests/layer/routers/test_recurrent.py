@@ -25,7 +25,7 @@ from moesaic.layer import (
     RoutingContext,
 )
 from moesaic.layer.balance import BalanceObjective
-from moesaic.layer.routers.cells import Cell, CellName
+from moesaic.layer.routers.parts.cells import Cell, CellName
 
 N, D, P, T = 4, 6, 5, 7
 CELLS: tuple[CellName, ...] = ("gru", "rnn", "lstm")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moesaic.errors import ConfigError
 from moesaic.layer import LayerLoad, RoutingContext, SinkhornConfig, SinkhornRouter
-from moesaic.layer.routers.plans import balanced_plan
+from moesaic.layer.routers.parts.plans import balanced_plan
 
 
 def make_router(num_experts: int, *, training: bool, **fields: Any) -> SinkhornRouter:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.layer.record import Routing, RoutingContext
-from moesaic.layer.routers.best_k import BestKConfig, BestKRouter
-from moesaic.layer.routers.inputs import linear
+from moesaic.layer.routers.parts.best_k import BestKConfig, BestKRouter
+from moesaic.layer.routers.parts.inputs import linear
 
 
 class AttentionConfig(BestKConfig):

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.layer.record import Routing, RoutingContext
-from moesaic.layer.routers.balanced_assignment import balanced_assignment
 from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router
-from moesaic.layer.routers.inputs import linear
+from moesaic.layer.routers.parts.balanced_assignment import balanced_assignment
+from moesaic.layer.routers.parts.inputs import linear
+from moesaic.layer.routers.parts.sequences import Scope, real_tokens
 from moesaic.layer.routers.scores import top_k
-from moesaic.layer.routers.sequences import Scope, real_tokens
 
 
 class BaseAssignmentConfig(BaseRouterConfig):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from moesaic.errors import ConfigError
 from moesaic.layer.load import LayerLoad
 from moesaic.layer.record import Routing, RoutingContext
-from moesaic.layer.routers.best_k import BestKConfig, BestKRouter
-from moesaic.layer.routers.inputs import linear
-from moesaic.layer.routers.unit_vectors import cosine, init_orthogonal, sharpness, unit
+from moesaic.layer.routers.parts.best_k import BestKConfig, BestKRouter
+from moesaic.layer.routers.parts.inputs import linear
+from moesaic.layer.routers.parts.unit_vectors import cosine, init_orthogonal, sharpness, unit
 
 _TEMPERATURE = {"softmax": 0.3, "sigmoid": 0.07}
 # Of torchscale: width of the projection, and the length and gain with which its expert vectors are kept and start.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Router, check_top_k
-from moesaic.layer.routers.inputs import linear
+from moesaic.layer.routers.parts.inputs import linear
 from moesaic.layer.routers.scores import ScoreFunction, keep_best, score
 
 

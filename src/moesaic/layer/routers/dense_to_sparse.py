@@ -13,7 +13,7 @@ from moesaic.layer.load import LayerLoad
 from moesaic.layer.noise import gumbel
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router, fill_buffer
-from moesaic.layer.routers.inputs import linear
+from moesaic.layer.routers.parts.inputs import linear
 from moesaic.layer.schedule import NonNegativeSchedule, Schedule, Scheduled, value_at
 
 

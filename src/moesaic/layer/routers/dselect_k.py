@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moesaic.errors import ConfigError
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Router, check_top_k
-from moesaic.layer.routers.inputs import linear
+from moesaic.layer.routers.parts.inputs import linear
 
 # Mass on experts that exist, below which the reachability loss stops growing (and has no gradient anyway).
 _LEAST_MASS = 1e-6

@@ -13,10 +13,10 @@ from moesaic.errors import ConfigError
 from moesaic.layer.load import LayerLoad
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router, fill_buffer
-from moesaic.layer.routers.inputs import linear
-from moesaic.layer.routers.plans import capped_plan
+from moesaic.layer.routers.parts.inputs import linear
+from moesaic.layer.routers.parts.plans import capped_plan
+from moesaic.layer.routers.parts.sequences import Scope, best_first, real_tokens, take
 from moesaic.layer.routers.scores import ScoreFunction, score
-from moesaic.layer.routers.sequences import Scope, best_first, real_tokens, take
 
 
 class ExpertChoiceConfig(BaseRouterConfig):

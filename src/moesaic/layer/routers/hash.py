@@ -17,7 +17,7 @@ from moesaic.errors import ConfigError
 from moesaic.layer.noise import hash_of
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Need, Router, check_top_k, fill_buffer
-from moesaic.layer.routers.inputs import ids_of, linear
+from moesaic.layer.routers.parts.inputs import ids_of, linear
 from moesaic.layer.routers.scores import ScoreFunction, normalize, score, top_k
 
 Table = Literal["random", "balanced", "ngram", "stored"]

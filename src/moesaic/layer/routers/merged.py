@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from moesaic.layer.noise import uniform
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import Dependence, Router
-from moesaic.layer.routers.inputs import linear
-from moesaic.layer.routers.merging import MergingConfig, merged_routing
-from moesaic.layer.routers.sequences import mean_of_tokens, real_tokens, sequences
+from moesaic.layer.routers.parts.inputs import linear
+from moesaic.layer.routers.parts.merging import MergingConfig, merged_routing
+from moesaic.layer.routers.parts.sequences import mean_of_tokens, real_tokens, sequences
 
 
 class MergedConfig(MergingConfig):

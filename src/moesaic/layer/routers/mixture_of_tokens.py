@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from moesaic.layer.assignment import Slots, SlotsAcross, group_across, ungroup_across
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router
-from moesaic.layer.routers.inputs import linear
-from moesaic.layer.routers.sequences import real_tokens, sequences
+from moesaic.layer.routers.parts.inputs import linear
+from moesaic.layer.routers.parts.sequences import real_tokens, sequences
 
 
 class MixtureOfTokensConfig(BaseRouterConfig):

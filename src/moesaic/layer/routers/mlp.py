@@ -11,8 +11,8 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from moesaic.layer.record import Routing, RoutingContext
-from moesaic.layer.routers.best_k import BestKConfig, BestKRouter
-from moesaic.layer.routers.inputs import linear
+from moesaic.layer.routers.parts.best_k import BestKConfig, BestKRouter
+from moesaic.layer.routers.parts.inputs import linear
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh}
 

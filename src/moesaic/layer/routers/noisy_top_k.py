@@ -13,7 +13,7 @@ from moesaic.errors import ConfigError
 from moesaic.layer.noise import normal
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router, check_top_k
-from moesaic.layer.routers.inputs import linear
+from moesaic.layer.routers.parts.inputs import linear
 from moesaic.layer.routers.scores import top_k
 
 

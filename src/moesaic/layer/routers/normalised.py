@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
 from moesaic.layer.record import Routing, RoutingContext
-from moesaic.layer.routers.best_k import BestKConfig, BestKRouter
-from moesaic.layer.routers.inputs import linear
+from moesaic.layer.routers.parts.best_k import BestKConfig, BestKRouter
+from moesaic.layer.routers.parts.inputs import linear
 
 
 class NormalisedConfig(BestKConfig):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moesaic.errors import ConfigError
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Router
-from moesaic.layer.routers.inputs import linear
+from moesaic.layer.routers.parts.inputs import linear
 from moesaic.layer.routers.scores import top_k
 
 

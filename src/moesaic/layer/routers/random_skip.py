@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moesaic.layer.noise import uniform
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router, check_top_k
-from moesaic.layer.routers.inputs import linear
+from moesaic.layer.routers.parts.inputs import linear
 from moesaic.layer.routers.scores import top_k
 
 

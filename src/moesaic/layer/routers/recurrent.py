@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from moesaic.errors import ConfigError
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import Router
-from moesaic.layer.routers.best_k import BestKConfig, BestKRouter
-from moesaic.layer.routers.cells import Cell, CellName
-from moesaic.layer.routers.unit_vectors import cosine, sharpness
+from moesaic.layer.routers.parts.best_k import BestKConfig, BestKRouter
+from moesaic.layer.routers.parts.cells import Cell, CellName
+from moesaic.layer.routers.parts.unit_vectors import cosine, sharpness
 
 # Of the cosine head: the temperature at the start and the bound of its inverse, as CosineConfig has them.
 _TEMPERATURE, _MAX_SCALE = 0.3, 100.0

@@ -11,7 +11,7 @@ from moesaic.errors import ConfigError
 from moesaic.layer.noise import gumbel, uniform
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router
-from moesaic.layer.routers.inputs import linear
+from moesaic.layer.routers.parts.inputs import linear
 from moesaic.layer.routers.scores import normalize, top_k
 
 

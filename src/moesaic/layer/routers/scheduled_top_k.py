@@ -12,7 +12,7 @@ from moesaic.errors import ConfigError
 from moesaic.layer.load import LayerLoad
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Router, check_top_k, fill_buffer
-from moesaic.layer.routers.inputs import linear
+from moesaic.layer.routers.parts.inputs import linear
 from moesaic.layer.routers.scores import ScoreFunction, keep_best, normalize, score
 from moesaic.layer.schedule import Schedule, Scheduled, value_at
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import Dependence, Router
-from moesaic.layer.routers.inputs import linear
-from moesaic.layer.routers.merging import MergingConfig, merged_routing
-from moesaic.layer.routers.sequences import real_tokens, sequences
+from moesaic.layer.routers.parts.inputs import linear
+from moesaic.layer.routers.parts.merging import MergingConfig, merged_routing
+from moesaic.layer.routers.parts.sequences import real_tokens, sequences
 
 
 class SegmentMergedConfig(MergingConfig):

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router, check_top_k
-from moesaic.layer.routers.inputs import linear
-from moesaic.layer.routers.plans import balanced_plan
+from moesaic.layer.routers.parts.inputs import linear
+from moesaic.layer.routers.parts.plans import balanced_plan
+from moesaic.layer.routers.parts.sequences import Scope, real_tokens
 from moesaic.layer.routers.scores import ScoreFunction, score, top_k
-from moesaic.layer.routers.sequences import Scope, real_tokens
 
 
 class SinkhornConfig(BaseRouterConfig):

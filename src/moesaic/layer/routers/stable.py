@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moesaic.layer.load import LayerLoad
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Need, Router, fill_buffer
-from moesaic.layer.routers.inputs import ids_of, linear
+from moesaic.layer.routers.parts.inputs import ids_of, linear
 from moesaic.layer.routers.scores import top_k
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from moesaic.errors import ConfigError
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Router
+from moesaic.layer.routers.parts.unit_vectors import cosine, init_orthogonal, sharpness
 from moesaic.layer.routers.scores import top_k
-from moesaic.layer.routers.unit_vectors import cosine, init_orthogonal, sharpness
 
 
 class ThresholdConfig(BaseRouterConfig):

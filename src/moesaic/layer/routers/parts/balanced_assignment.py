@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from moesaic.layer.routers.plans import balanced_plan
+from moesaic.layer.routers.parts.plans import balanced_plan
 
 _ROUNDS = 40
 

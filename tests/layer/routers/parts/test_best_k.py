@@ -12,7 +12,7 @@ from tests.layer.routers.plain import GRID, best, sigmoid, softmax, tensor, toke
 
 from moesaic.errors import ConfigError
 from moesaic.layer import AttentionConfig, MLPConfig, NormalisedConfig, TopKConfig
-from moesaic.layer.routers.best_k import BestKConfig, BestKRouter
+from moesaic.layer.routers.parts.best_k import BestKConfig, BestKRouter
 
 CONFIGS = [AttentionConfig, MLPConfig, NormalisedConfig]
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.layer.routers.base import fill_buffer
-from moesaic.layer.routers.inputs import linear
+from moesaic.layer.routers.parts.inputs import linear
 
 # Vectors shorter than this are not stretched to length 1: a token of zeros has cosine 0 and a finite gradient.
 _SHORTEST = 1e-6
