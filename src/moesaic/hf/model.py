@@ -159,7 +159,9 @@ class MoesaicModel(MoesaicPreTrainedModel):
         context.task_B = task_ids
         check_needs(context, self._needs)
         if self._draws and self.training:
-            context.seed = torch.randint(2**62, ())
+            # Drawn on the host, which gives the same on every device, and moved once for all layers.
+            given = input_ids if input_ids is not None else inputs_embeds
+            context.seed = torch.randint(2**62, ()).to(given.device)  # type: ignore[union-attr]
         # capture_outputs of the backbone would look for a recorder of router logits that dense families lack.
         output = self.backbone(
             input_ids=input_ids,

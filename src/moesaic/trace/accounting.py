@@ -73,8 +73,8 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Accounting:
-    """Size and cost of a model. Routed experts are active by the share of
-    them that a token runs when the load is balanced (K / N, less with null experts), everything else in full.
+    """Size and cost of a model. Routed experts are active by the share of them that a token runs when the load is
+    balanced (K / N, less with null experts), everything else in full.
 
     Attributes:
         parts: parameters by part, in the order of `PARTS`, parts without parameters left out. An output head tied to

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moesaic.train.balance_callback import BalanceCallback
 from moesaic.train.checkpoint import CheckpointStore, check_same_run, load_state
 from moesaic.train.config import TrainConfig
 from moesaic.train.evaluate import Evaluation, evaluate, overall
@@ -12,7 +13,7 @@ from moesaic.train.metrics import StepMetrics, read_metrics
 from moesaic.train.model import build_model
 from moesaic.train.run import RunConfig
 from moesaic.train.schedule import ConstantSchedule, CosineSchedule, Schedule, StepSchedule, WSDSchedule
-from moesaic.train.stock_balance import BalanceCallback, Balancer, balance
+from moesaic.train.stock_balance import Balancer, balance
 
 __all__ = [
     "BalanceCallback",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError, TrainingError, UnsupportedModel
 from moesaic.hf.compat import wrap_method
@@ -19,6 +19,7 @@ from moesaic.hf.stock_routing import OwnLoss, StockRouter, stock_routers
 from moesaic.layer import BalanceLoss, MoESpec, Routing, RoutingContext, Schedule, SelectionBiasUpdate
 from moesaic.layer.balance import BalanceObjective, Coefficients
 from moesaic.layer.schedule import value_at
+from moesaic.train.balance_callback import BalanceCallback
 from moesaic.train.routing_load import RoutingLoad, load_metrics
 
 if TYPE_CHECKING:
@@ -352,42 +353,6 @@ class Balancer:
         self._undo.append(wrap_method(trainer, "compute_loss", balanced))
         trainer.add_callback(self.callback)
         self._undo.append(functools.partial(trainer.remove_callback, self.callback))
-
-
-class BalanceCallback(TrainerCallback):
-    """A balancer's steps and statistics under HF Trainer.
-
-    Statistics go to `trainer.state.log_history` and to callbacks that stand after this one.
-    """
-
-    def __init__(self, balancer: Balancer) -> None:
-        self._balancer = balancer
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._balancer.set_training_progress(state.global_step / state.max_steps)
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # Trainer counts the step after this event.
-        self._balancer.step((state.global_step + 1) / state.max_steps)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs:
-            return
-        statistics = self._balancer.statistics()
-        logs.update(statistics)
-        # Trainer has copied the logs into its history before callbacks see them.
-        state.log_history[-1].update(statistics)
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:
