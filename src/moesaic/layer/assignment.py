@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from moesaic.layer.kernels import ExpertWeights, run_experts
+from moesaic.layer.kernels import KERNELS, ExpertWeights, run_experts
 
 
 class Assignment(Protocol):
@@ -114,4 +114,11 @@ class Merge:
         if self.added_TD is not None:
             x_TD = x_TD + self.added_TD.to(x_TD.dtype)
         one_T1 = torch.ones(self.group_T.shape[0], 1, dtype=self.weight_GN.dtype, device=x_TD.device)
-        return run_experts(getattr(experts, "kernel", "auto"), weights, x_TD, self.group_T.unsqueeze(-1), one_T1)
+        return run_experts(
+            getattr(experts, "kernel", "auto"),
+            weights,
+            x_TD,
+            self.group_T.unsqueeze(-1),
+            one_T1,
+            kernels=getattr(experts, "kernels", KERNELS),
+        )

@@ -12,9 +12,21 @@ from torch import Tensor, nn
 from moesaic.configuration import Config
 from moesaic.errors import ConfigError
 from moesaic.layer.activations import ACTIVATIONS, clamped_swiglu, gated
-from moesaic.layer.kernels import ExpertWeights, KernelName, run_experts
+from moesaic.layer.kernels import KERNELS, ExpertWeights, FusedActivation, Kernel, KernelName, run_experts
+from moesaic.layer.kernels.activation import FusedName
 
 ActivationName = Literal["silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2", "clamped_swiglu"]
+
+_FUSED: dict[ActivationName, FusedName] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+    "clamped_swiglu": "clamped_swiglu",
+}
 
 
 class ExpertsConfig(Config):
@@ -28,7 +40,8 @@ class ExpertsConfig(Config):
         bias: projections have biases.
         swiglu_alpha: sigmoid gain of "clamped_swiglu".
         swiglu_limit: clamp of "clamped_swiglu".
-        kernel: how the experts are computed; "auto" takes the best kernel that can.
+        kernel: how the experts are computed; "auto" takes the best kernel that can (docs/kernels.md). The environment
+            variable MOESAIC_KERNEL has the last word.
     """
 
     num_experts: PositiveInt
@@ -63,9 +76,12 @@ class Experts(nn.Module):
 
     Attributes:
         may_skip: whether picks may be no expert; set by the block that owns the experts.
+        kernels: what `kernel` may name.
+        fused_activation: what happens between the projections, for kernels that compute it themselves.
     """
 
     may_skip: bool = True
+    kernels: tuple[Kernel, ...] = KERNELS
 
     def __init__(self, config: ExpertsConfig, hidden_size: int) -> None:
         super().__init__()
@@ -80,6 +96,9 @@ class Experts(nn.Module):
         else:
             self.act_fn = ACTIVATIONS[config.activation]
             self._gate = partial(gated, activation=self.act_fn)
+        self.fused_activation = FusedActivation(
+            _FUSED[config.activation], config.gated, alpha=config.swiglu_alpha, limit=config.swiglu_limit
+        )
         count, width = config.num_experts, config.intermediate_size
         up_width = 2 * width if config.gated else width
         up_name = "gate_up_proj" if config.gated else "up_proj"
@@ -100,8 +119,15 @@ class Experts(nn.Module):
 
     def forward(self, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """The weighted sum of the picked experts for each token, y_TD; an index of N picks no expert."""
-        weights = ExpertWeights.of(self)
-        return run_experts(self.kernel, weights, hidden_TD, index_TK, weight_TK, may_skip=self.may_skip)
+        return run_experts(
+            self.kernel,
+            ExpertWeights.of(self),
+            hidden_TD,
+            index_TK,
+            weight_TK,
+            may_skip=self.may_skip,
+            kernels=self.kernels,
+        )
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         return self._gate(gate_up)

@@ -1,55 +1,31 @@
-"""How experts compute: kernels behind one registry, chosen by capability.
+"""How experts compute: kernels behind one registry, chosen by capability and size.
 
 Every kernel is a function `run(weights, x_TD, index_TK, weight_TK) -> y_TD` that equals the `loop` kernel within
-rounding. To add one: its file, a `Kernel` line below, a row in tests/layer/test_kernels.py.
+rounding. To add one: its file, a `Kernel` line below (`refuses` says what it can't compute, `suits` where "auto" takes
+it, both from a `Case`), its name in `KernelName`; tests/layer/test_kernels.py runs whatever is registered.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from moesaic.errors import UnsupportedKernel
 from moesaic.layer.kernels import grouped, loop
+from moesaic.layer.kernels.activation import FusedActivation
+from moesaic.layer.kernels.selection import VARIABLE, Case, Kernel, select
 from moesaic.layer.kernels.weights import ExpertWeights
 
-logger = logging.getLogger(__name__)
-
-KernelName = Literal["auto", "loop", "grouped"]
+KernelName = Literal["auto", "loop", "grouped", "grouped_mm", "batched_mm", "sonicmoe", "deepgemm"]
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One way to compute experts.
-
-    Attributes:
-        name: what a config calls it.
-        run: the computation.
-        refuses: the reason why it can't take these weights and input, or None if it can.
-        why: said in the log when it is chosen.
-        skips_no_expert: whether it takes picks of no expert, which add nothing to output and gradients.
-    """
-
-    name: str
-    run: Callable[[ExpertWeights, Tensor, Tensor, Tensor], Tensor]
-    refuses: Callable[[ExpertWeights, Tensor], str | None]
-    why: str
-    skips_no_expert: bool
-
-
-def _refuses_nothing(weights: ExpertWeights, x_TD: Tensor) -> None:
+def _refuses_nothing(case: Case) -> None:
     return None
 
 
-def _grouped_refuses(weights: ExpertWeights, x_TD: Tensor) -> str | None:
-    if not x_TD.dtype.is_floating_point or not weights.up_NHD.dtype.is_floating_point:
-        return f"needs floating point, got {x_TD.dtype} input and {weights.up_NHD.dtype} weights"
+def _grouped_refuses(case: Case) -> str | None:
+    if not case.dtype.is_floating_point or not case.weight_dtype.is_floating_point:
+        return f"needs floating point, got {case.dtype} input and {case.weight_dtype} weights"
     return None
 
 
@@ -59,64 +35,52 @@ KERNELS: tuple[Kernel, ...] = (
         "grouped",
         grouped.run,
         _grouped_refuses,
-        "sorts rows by expert once; forward and backward in packed tensors",
-        skips_no_expert=True,
+        suits=lambda case: "sorts rows by expert once; forward and backward in packed tensors",
     ),
-    Kernel("loop", loop.run, _refuses_nothing, "the specification; differentiable twice", skips_no_expert=True),
+    Kernel("loop", loop.run, _refuses_nothing, suits=lambda case: "the specification; takes everything"),
 )
 
 
-def select(name: str, weights: ExpertWeights, x_TD: Tensor, *, may_skip: bool = True) -> Kernel:
-    """The kernel that a config asks for, or for "auto" the first one that takes this input.
-
-    Args:
-        name: kernel name or "auto".
-        weights: the experts.
-        x_TD: hidden states.
-        may_skip: whether picks may be no expert.
-
-    Raises:
-        UnsupportedKernel: for an unknown name or a kernel that refuses, with every reason.
-    """
-    reasons = {}
-    for kernel in KERNELS:
-        if name not in ("auto", kernel.name):
-            continue
-        reason = kernel.refuses(weights, x_TD)
-        if may_skip and not kernel.skips_no_expert:
-            reason = "can't skip picks of no expert, which this router or capacity makes"
-        if reason is None:
-            if not torch.compiler.is_compiling():
-                _log_choice(kernel.name, kernel.why if name == "auto" else "asked for by the configuration")
-            return kernel
-        reasons[kernel.name] = reason
-    known = ", ".join(kernel.name for kernel in KERNELS)
-    detail = "; ".join(f"{kernel}: {reason}" for kernel, reason in reasons.items()) or "no kernel has this name"
-    raise UnsupportedKernel(f"experts.kernel = {name!r} cannot be used ({detail}); choose auto or one of {known}")
-
-
 def run_experts(
-    name: str, weights: ExpertWeights, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, *, may_skip: bool = True
+    name: str,
+    weights: ExpertWeights,
+    x_TD: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    *,
+    may_skip: bool = True,
+    kernels: tuple[Kernel, ...] | None = None,
 ) -> Tensor:
     """Select a kernel and run it.
 
     Args:
-        name: kernel name or "auto".
+        name: kernel name or "auto"; the variable MOESAIC_KERNEL overrides it.
         weights: the experts.
         x_TD: hidden states.
         index_TK: picks in [0, N]; N stands for no expert.
         weight_TK: combine weights.
         may_skip: whether a pick may be N.
+        kernels: what may be selected; those of this package if None.
 
     Returns:
         y_TD in the dtype of `x_TD`.
+
+    Raises:
+        UnsupportedKernel: for an unknown name or a kernel that refuses, with every reason.
     """
-    return select(name, weights, x_TD, may_skip=may_skip).run(weights, x_TD, index_TK, weight_TK)
+    case = Case.of(weights, x_TD, index_TK, weight_TK, may_skip=may_skip)
+    kernel = select(name, case, KERNELS if kernels is None else kernels)
+    return kernel.run(weights, x_TD, index_TK, weight_TK)
 
 
-@functools.cache
-def _log_choice(name: str, why: str) -> None:
-    logger.info("expert kernel: %s (%s)", name, why)
-
-
-__all__ = ["KERNELS", "ExpertWeights", "Kernel", "KernelName", "run_experts", "select"]
+__all__ = [
+    "KERNELS",
+    "VARIABLE",
+    "Case",
+    "ExpertWeights",
+    "FusedActivation",
+    "Kernel",
+    "KernelName",
+    "run_experts",
+    "select",
+]

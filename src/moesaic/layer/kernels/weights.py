@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import UnsupportedKernel
+from moesaic.layer.kernels.activation import FusedActivation, recognise
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class ExpertWeights:
         activate: maps the first projection's rows (S, H) to (S, F).
         up_bias_NH: bias of the first projection, or None.
         down_bias_ND: bias of the second projection, or None.
+        fused: `activate` in words, for kernels that compute it themselves; None if it is an arbitrary function.
     """
 
     up_NHD: Tensor
@@ -29,6 +31,7 @@ class ExpertWeights:
     activate: Callable[[Tensor], Tensor]
     up_bias_NH: Tensor | None = None
     down_bias_ND: Tensor | None = None
+    fused: FusedActivation | None = None
 
     @property
     def num_experts(self) -> int:
@@ -40,7 +43,8 @@ class ExpertWeights:
         """View the parameters of an experts module that follows transformers' conventions.
 
         Read are the flags `has_gate`, `has_bias`, `is_transposed` (weights stored (in, out)), the parameters
-        `gate_up_proj` or `up_proj`, `down_proj`, their `_bias`, and `_apply_gate` or `act_fn`. No weight is copied.
+        `gate_up_proj` or `up_proj`, `down_proj`, their `_bias`, and `_apply_gate` or `act_fn`. No weight is copied: weights
+        of transposed modules are views with strides.
 
         Raises:
             UnsupportedKernel: if a norm follows each expert, which no kernel here computes.
@@ -60,6 +64,7 @@ class ExpertWeights:
             activate=module._apply_gate if module.has_gate else module.act_fn,
             up_bias_NH=getattr(module, f"{name}_bias") if module.has_bias else None,
             down_bias_ND=module.down_proj_bias if module.has_bias else None,
+            fused=recognise(module),
         )
 
     def merged(self, weight_GN: Tensor) -> ExpertWeights:
@@ -71,4 +76,6 @@ class ExpertWeights:
         up_GHD, down_GDF = merge(self.up_NHD), merge(self.down_NDF)
         assert up_GHD is not None
         assert down_GDF is not None
-        return ExpertWeights(up_GHD, down_GDF, self.activate, merge(self.up_bias_NH), merge(self.down_bias_ND))
+        return ExpertWeights(
+            up_GHD, down_GDF, self.activate, merge(self.up_bias_NH), merge(self.down_bias_ND), self.fused
+        )
