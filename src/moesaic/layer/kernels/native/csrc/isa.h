@@ -1,0 +1,48 @@
+/* What one instruction set offers. Everything that depends on vector instructions goes through this table, which is
+ * chosen once, when the library is loaded; the rest of the code is plain C. */
+#ifndef MOESAIC_ISA_H
+#define MOESAIC_ISA_H
+
+#include <stdint.h>
+
+enum { MOESAIC_F32 = 0, MOESAIC_BF16 = 1, MOESAIC_F16 = 2 };
+
+/* Register tile of the dot-product kernel: rows of x times rows of a weight. */
+enum { TILE_ROWS = 6, TILE_OUT = 4 };
+
+/* What happens between the two projections. */
+enum {
+    ACT_SILU = 0,
+    ACT_GELU = 1,
+    ACT_GELU_TANH = 2,
+    ACT_RELU = 3,
+    ACT_RELU2 = 4,
+    ACT_CLAMPED_SWIGLU = 5,
+};
+
+typedef struct {
+    const char *name;
+    int available;
+
+    /* c[r * ldc + o] += dot(x[r], w[o]) over `k` elements, for r < rows <= TILE_ROWS and o < out <= TILE_OUT. Weights
+     * have the given type. x is float32, except that bfloat16 weights meet bfloat16 x where `dot_bf16` is set. */
+    void (*dot[3])(const void *const *x, const void *const *w, int rows, int out, long k, float *c, long ldc);
+    int dot_bf16;
+
+    /* Conversion from and to float32. */
+    void (*widen[3])(const void *from, float *to, long n);
+    void (*narrow[3])(const float *from, void *to, long n);
+
+    /* y += a * x. */
+    void (*axpy)(float a, const float *x, float *y, long n);
+
+    /* h = act(gate) * up, or act(gate) if up is NULL. */
+    void (*activate)(int activation, float alpha, float limit, const float *gate, const float *up, float *h, long n);
+} moesaic_isa;
+
+/* The best instruction set of this machine, or the one named by moesaic_choose_isa. */
+extern const moesaic_isa *moesaic_isa_now;
+
+static inline long moesaic_size_of(int type) { return type == MOESAIC_F32 ? 4 : 2; }
+
+#endif
