@@ -1,11 +1,12 @@
 # Everything runs in .venv, made here with pip. A stamp file stands for each set of extras installed there, so that
-# nothing is installed twice until pyproject.toml or constraints.txt changes.
+# nothing is installed twice until pyproject.toml, constraints.txt or the C sources change.
 
 PYTHON ?= python3
 ARGS ?=
 
 BIN := .venv/bin
-REQUIREMENTS := pyproject.toml constraints.txt
+NATIVE := hatch_build.py $(wildcard src/moesaic/layer/kernels/native/csrc/*)
+REQUIREMENTS := pyproject.toml constraints.txt $(NATIVE)
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help

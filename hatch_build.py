@@ -39,10 +39,15 @@ def build() -> Path | None:
         fresh = Path(folder) / library.name
         sources = sorted(str(path) for path in (NATIVE / "csrc").glob("*.c"))
         run = subprocess.run(
-            [*command, *FLAGS, *sources, "-o", str(fresh), "-lm", "-pthread"], capture_output=True, text=True, check=False
+            [*command, *FLAGS, *sources, "-o", str(fresh), "-lm", "-pthread"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if run.returncode != 0:
-            print(f"moesaic: installing without native CPU kernels, {command[0]} failed:\n{run.stderr}", file=sys.stderr)
+            print(
+                f"moesaic: installing without native CPU kernels, {command[0]} failed:\n{run.stderr}", file=sys.stderr
+            )
             return None
         # A running process keeps the file it has mapped.
         fresh.replace(library)

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from moesaic.layer.kernels import grouped, loop
 from moesaic.layer.kernels.activation import FusedActivation
+from moesaic.layer.kernels.native import experts as native
 from moesaic.layer.kernels.selection import VARIABLE, Case, Kernel, select
 from moesaic.layer.kernels.weights import ExpertWeights
 
-KernelName = Literal["auto", "loop", "grouped", "grouped_mm", "batched_mm", "sonicmoe", "deepgemm"]
+KernelName = Literal["auto", "native", "loop", "grouped", "grouped_mm", "batched_mm", "sonicmoe", "deepgemm"]
 
 
 def _refuses_nothing(case: Case) -> None:
@@ -31,6 +32,7 @@ def _grouped_refuses(case: Case) -> str | None:
 
 # In order of preference.
 KERNELS: tuple[Kernel, ...] = (
+    Kernel("native", native.run, native.refuses, native.suits),
     Kernel(
         "grouped",
         grouped.run,

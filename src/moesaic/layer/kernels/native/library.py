@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from moesaic.errors import UnsupportedKernel
+
 logger = logging.getLogger(__name__)
 
 PATH = Path(__file__).with_name("libmoesaic.so")
@@ -58,7 +60,6 @@ class ExpertsCall(ctypes.Structure):
         ("down_bias_stride", c_int64),
         ("saved_up", c_void_p),
         ("y", c_void_p),
-        ("down_chunk", c_int64),
     )
 
 
@@ -86,6 +87,20 @@ def load() -> ctypes.CDLL | None:
         raise ValueError(f"{ISA_VARIABLE} = {at_most!r} is no instruction set; choose one of {names}")
     pool = "torch's OpenMP threads" if openmp else "threads of their own, no OpenMP runtime was found in this process"
     logger.info("native CPU kernels: %s, on %s", isa.decode(), pool)
+    return library
+
+
+@torch.compiler.assume_constant_result
+def is_built() -> bool:
+    """Whether there is a library to load; a compiler takes the answer as a constant."""
+    return load() is not None
+
+
+def loaded() -> ctypes.CDLL:
+    """The library, for calls that come after a kernel was chosen."""
+    library = load()
+    if library is None:
+        raise UnsupportedKernel("the native CPU kernels were not built; choose experts.kernel = grouped")
     return library
 
 

@@ -28,6 +28,7 @@ typedef struct {
     char *h;
     long h_stride;       /* in bytes */
     int x_type;
+    long down_chunk;     /* outputs of one task of the second projection */
 } pass;
 
 /* c[rows][ldc] += x . w over whole rows, in tiles that respect the caches. */
@@ -106,8 +107,8 @@ static void down_task(void *context, long task, int worker) {
     const pass *p = context;
     const moesaic_experts *in = p->in;
     const moesaic_isa *isa = p->isa;
-    long d = task * in->down_chunk;
-    long outs = in->hidden - d < in->down_chunk ? in->hidden - d : in->down_chunk;
+    long d = task * p->down_chunk;
+    long outs = in->hidden - d < p->down_chunk ? in->hidden - d : p->down_chunk;
     long size = moesaic_size_of(in->type);
     for (long t = 0; t < in->tokens; t++) memset(in->y + t * in->hidden + d, 0, (size_t)outs * sizeof(float));
     for (const segment *block = p->blocks; block < p->blocks + p->num_blocks; block++) {
@@ -147,6 +148,10 @@ long moesaic_experts_forward(const moesaic_experts *in) {
     if (most < TILE_ROWS) most = TILE_ROWS;
     if (most > ROWS_MOST) most = ROWS_MOST;
 
+    /* Two tasks or more for each thread, so that the slowest does not set the time. */
+    p.down_chunk = CHUNK;
+    while (p.down_chunk > 2 * TILE_OUT && in->hidden / p.down_chunk < 2 * in->threads) p.down_chunk /= 2;
+
     long rows = in->row_end[in->num_groups - 1];
     long block_bound = in->num_groups + rows / most + 1;
     segment *blocks = malloc((size_t)block_bound * sizeof *blocks);
@@ -176,7 +181,7 @@ long moesaic_experts_forward(const moesaic_experts *in) {
         moesaic_parallel(in->threads, in->tokens, widen_task, &p);
     }
     moesaic_parallel(in->threads, p.num_blocks * ((in->width + CHUNK - 1) / CHUNK), up_task, &p);
-    moesaic_parallel(in->threads, (in->hidden + in->down_chunk - 1) / in->down_chunk, down_task, &p);
+    moesaic_parallel(in->threads, (in->hidden + p.down_chunk - 1) / p.down_chunk, down_task, &p);
     free(blocks), free(wide), free(p.h);
     return 0;
 }

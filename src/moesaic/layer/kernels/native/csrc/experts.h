@@ -31,7 +31,6 @@ typedef struct {
     int64_t down_bias_stride;
     void *saved_up;     /* [rows, 2 * width or width] of the type, or NULL */
     float *y;           /* [tokens, hidden] */
-    int64_t down_chunk; /* outputs of one task of the second projection, at most 64 */
 } moesaic_experts;
 
 #endif

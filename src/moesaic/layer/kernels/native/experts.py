@@ -1,0 +1,213 @@
+"""Packed experts on CPU in native code: no copy of weights or rows, one pass over the weights of the experts in use.
+
+`native_experts` is a torch custom op around the C function; its backward is in backward.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from moesaic.layer.kernels.activation import FusedActivation
+from moesaic.layer.kernels.native import library
+from moesaic.layer.kernels.selection import Case
+from moesaic.layer.kernels.weights import ExpertWeights
+
+# Codes of csrc/isa.h.
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "clamped_swiglu": 5}
+
+
+def refuses(case: Case) -> str | None:
+    """Why native code can't compute a case, or None."""
+    dtype = case.autocast if case.autocast is not None and case.dtype != torch.float64 else case.dtype
+    if case.device != "cpu":
+        return f"is for CPU, got {case.device}"
+    if dtype not in library.DTYPES:
+        return f"takes float32, bfloat16 and float16, got {dtype}"
+    if dtype != case.weight_dtype and case.autocast is None:
+        return f"needs one dtype, got {case.dtype} input and {case.weight_dtype} weights"
+    if case.fused is None:
+        return "does not know the activation"
+    if case.transposed:
+        return "needs weights that are stored (out, in)"
+    if case.needs_grad:
+        return "has no backward pass yet"
+    if not library.is_built():
+        return "was not built: no C compiler when moesaic was installed"
+    return None
+
+
+def suits(case: Case) -> str | None:
+    """Always: it is the fastest on CPU at every size that was measured."""
+    return "reads each weight in use once, in place, with vector instructions"
+
+
+def run(weights: ExpertWeights, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """The same function as the `loop` kernel, within rounding."""
+    fused = weights.fused
+    assert fused is not None
+    output_dtype = x_TD.dtype
+    if torch.is_autocast_enabled("cpu"):
+        x_TD = x_TD.to(torch.get_autocast_dtype("cpu"))
+    up_NHD, down_NDF = weights.up_NHD.to(x_TD.dtype), weights.down_NDF.to(x_TD.dtype)
+    up_bias_NH = None if weights.up_bias_NH is None else weights.up_bias_NH.to(x_TD.dtype)
+    down_bias_ND = None if weights.down_bias_ND is None else weights.down_bias_ND.to(x_TD.dtype)
+    tensors = (x_TD, up_NHD, down_NDF, up_bias_NH, down_bias_ND)
+    keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, weight_TK))
+    # Without a graph and a compiler the dispatcher would only cost time, which decoding notices.
+    op = torch.ops.moesaic.native_experts if keeps or torch.compiler.is_compiling() else _forward
+    y_TD, _ = op(*tensors, index_TK, weight_TK.to(torch.float32), *arguments(fused), keeps)
+    return y_TD.to(output_dtype)
+
+
+def arguments(fused: FusedActivation) -> tuple[int, bool, bool, float, float]:
+    """The activation as the op takes it: code, gated, interleaved, alpha, limit."""
+    return _ACTIVATIONS[fused.name], fused.gated, fused.interleaved, fused.alpha or 0.0, fused.limit or 0.0
+
+
+def _forward(
+    x_TD: Tensor,
+    up_NHD: Tensor,
+    down_NDF: Tensor,
+    up_bias_NH: Tensor | None,
+    down_bias_ND: Tensor | None,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    activation: int,
+    gated: bool,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
+    save_up: bool,
+) -> tuple[Tensor, Tensor]:
+    x_TD, index_TK, weight_TK = _rows(x_TD), index_TK.contiguous(), weight_TK.contiguous()
+    up_NHD, down_NDF = _rows(up_NHD), _rows(down_NDF)
+    tokens, hidden = x_TD.shape
+    num_experts, up_width, _ = up_NHD.shape
+    width = down_NDF.shape[2]
+    picks = index_TK.numel()
+    saved_SH = x_TD.new_empty(picks if save_up else 0, up_width)
+    if picks == 0:
+        return torch.zeros_like(x_TD), saved_SH
+    pick_S, expert_G, end_G = order(index_TK, num_experts)
+    if expert_G.numel() == 0:
+        return torch.zeros_like(x_TD), saved_SH
+    y_TD = torch.empty(tokens, hidden)
+    threads = torch.get_num_threads()
+    call = library.ExpertsCall(
+        library.DTYPES[x_TD.dtype],
+        activation,
+        gated,
+        interleaved,
+        alpha,
+        limit,
+        threads,
+        tokens,
+        index_TK.shape[1],
+        hidden,
+        width,
+        expert_G.numel(),
+        expert_G.data_ptr(),
+        end_G.data_ptr(),
+        pick_S.data_ptr(),
+        weight_TK.data_ptr(),
+        x_TD.data_ptr(),
+        x_TD.stride(0),
+        up_NHD.data_ptr(),
+        up_NHD.stride(0),
+        up_NHD.stride(1),
+        down_NDF.data_ptr(),
+        down_NDF.stride(0),
+        down_NDF.stride(1),
+        None if up_bias_NH is None else up_bias_NH.data_ptr(),
+        0 if up_bias_NH is None else up_bias_NH.stride(0),
+        None if down_bias_ND is None else down_bias_ND.data_ptr(),
+        0 if down_bias_ND is None else down_bias_ND.stride(0),
+        saved_SH.data_ptr() if save_up else None,
+        y_TD.data_ptr(),
+    )
+    if library.loaded().moesaic_experts_forward(ctypes.byref(call)) != 0:
+        raise MemoryError(f"no memory for {picks} rows of {width} features")
+    return y_TD.to(x_TD.dtype), saved_SH
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor with contiguous rows; weights have them, so only an unusual input is copied."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def order(index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Picks by expert: (pick of each row, experts that have rows, one past the last row of each), int64.
+
+    Raises:
+        IndexError: for a pick outside [0, num_experts].
+    """
+    picks = index_TK.numel()
+    pick_S = torch.empty(picks, dtype=torch.int64)
+    expert_G = torch.empty(min(picks, num_experts), dtype=torch.int64)
+    end_G = torch.empty_like(expert_G)
+    found = library.loaded().moesaic_order(
+        index_TK.data_ptr(), picks, num_experts, pick_S.data_ptr(), expert_G.data_ptr(), end_G.data_ptr()
+    )
+    if found == -2:
+        raise IndexError(f"picks must be in [0, {num_experts}], got {int(index_TK.min())} to {int(index_TK.max())}")
+    if found < 0:
+        raise MemoryError(f"no memory to order {picks} picks of {num_experts} experts")
+    rows = int(end_G[found - 1]) if found else 0
+    return pick_S[:rows], expert_G[:found], end_G[:found]
+
+
+@torch.library.custom_op("moesaic::native_experts", mutates_args=())
+def native_experts(
+    x_TD: Tensor,
+    up_NHD: Tensor,
+    down_NDF: Tensor,
+    up_bias_NH: Tensor | None,
+    down_bias_ND: Tensor | None,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    activation: int,
+    gated: bool,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
+    save_up: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y_TD, rows of the first projection in expert order if `save_up`)."""
+    return _forward(
+        x_TD,
+        up_NHD,
+        down_NDF,
+        up_bias_NH,
+        down_bias_ND,
+        index_TK,
+        weight_TK,
+        activation,
+        gated,
+        interleaved,
+        alpha,
+        limit,
+        save_up,
+    )
+
+
+@native_experts.register_fake
+def _(
+    x_TD,
+    up_NHD,
+    down_NDF,
+    up_bias,
+    down_bias,
+    index_TK,
+    weight_TK,
+    activation,
+    gated,
+    interleaved,
+    alpha,
+    limit,
+    save_up,
+):
+    rows = index_TK.numel() if save_up else 0
+    return torch.empty_like(x_TD, memory_format=torch.contiguous_format), x_TD.new_empty(rows, up_NHD.shape[1])
