@@ -20,7 +20,9 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
 )
+from transformers.integrations.deepgemm import is_deepgemm_loadable
 from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
+from transformers.integrations.sonicmoe import is_sonicmoe_loadable
 
 __all__ = [
     "Concatenate",
@@ -30,7 +32,10 @@ __all__ = [
     "WeightRenaming",
     "backbone_class",
     "causal_lm_class",
+    "experts_function",
     "initialization",
+    "may_pick_no_expert",
+    "missing_for_experts_function",
     "on_meta_device",
     "register_conversion",
     "register_experts_function",
@@ -45,6 +50,22 @@ def register_experts_function(name: str, function: Callable[[Any, Tensor, Tensor
     ExpertsInterface.register(name, function)
 
 
+def experts_function(name: str) -> Callable[[Any, Tensor, Tensor, Tensor], Tensor]:
+    """The function behind an `experts_implementation`."""
+    return ExpertsInterface._global_mapping[name]
+
+
+@torch.compiler.assume_constant_result
+def missing_for_experts_function(name: str) -> str | None:
+    """What "sonicmoe" or "deepgemm" need and this machine lacks; None if they can be loaded."""
+    check = {"sonicmoe": is_sonicmoe_loadable, "deepgemm": is_deepgemm_loadable}[name]
+    try:
+        check(raise_error=True)
+    except ImportError as error:
+        return str(error)
+    return None
+
+
 def skip_no_expert(experts: Any) -> None:
     """Make transformers' experts functions skip picks of index N in a module under `use_experts_implementation`.
 
@@ -52,6 +73,11 @@ def skip_no_expert(experts: Any) -> None:
     some. Without it "grouped_mm" adds uninitialised rows and "batched_mm" reads past the last expert.
     """
     experts._is_expert_parallel = True
+
+
+def may_pick_no_expert(experts: Any) -> bool:
+    """Whether a module under `use_experts_implementation` may get picks of index N."""
+    return experts._is_expert_parallel
 
 
 def register_conversion(name: str, mapping: list[WeightConverter | WeightRenaming]) -> None:

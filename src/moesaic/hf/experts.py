@@ -6,16 +6,19 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from moesaic.errors import UnsupportedKernel
-from moesaic.hf.compat import register_experts_function, skip_no_expert, use_experts_implementation
+from moesaic.hf.compat import (
+    may_pick_no_expert,
+    register_experts_function,
+    skip_no_expert,
+    use_experts_implementation,
+)
+from moesaic.hf.expert_kernels import SKIP_NO_EXPERT, model_kernels
 from moesaic.layer import Experts, ExpertsConfig, MoESpec
-from moesaic.layer.kernels import ExpertWeights, run_experts
+from moesaic.layer.kernels import ExpertWeights, Kernel, run_experts
 
 IMPLEMENTATION = "moesaic"
 
-# Implementations that were seen to skip picks of no expert, forward and backward (tests/hf/test_no_expert.py). Those of
-# transformers know such picks from expert parallelism only. "deepgemm" and "sonicmoe" say that they skip them too, but
-# need a GPU and kernels from the hub, and nobody has run them with such picks here.
-_SKIP_NO_EXPERT = frozenset({"eager", IMPLEMENTATION, "grouped_mm", "batched_mm"})
+_SKIP_NO_EXPERT = SKIP_NO_EXPERT | {"eager", IMPLEMENTATION}
 
 
 def supports_no_expert(name: str) -> bool:
@@ -48,8 +51,9 @@ class _SwitchedExperts(Experts):
 class MoesaicExperts(_SwitchedExperts):
     """`Experts` that obeys `set_experts_implementation`.
 
-    "moesaic" (the default of our models) and "eager" run the kernel that the spec names; "grouped_mm", "batched_mm"
-    and the other names run transformers' own functions on the same parameters.
+    "moesaic" (the default of our models) and "eager" run the kernel that the spec names, which may be one of
+    transformers' too; "grouped_mm", "batched_mm" and the other names run transformers' own functions on the same
+    parameters, whatever the spec names.
 
     Args:
         config: carries the switch.
@@ -57,6 +61,8 @@ class MoesaicExperts(_SwitchedExperts):
         hidden_size: D.
         may_skip: whether picks may be no expert.
     """
+
+    may_skip: bool
 
     def __init__(
         self, config: PreTrainedConfig, experts: ExpertsConfig, hidden_size: int, *, may_skip: bool = True
@@ -67,9 +73,17 @@ class MoesaicExperts(_SwitchedExperts):
         # The decorator describes a class; here gate and bias belong to the instance.
         self.has_gate, self.has_bias = experts.gated, experts.bias
 
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Ours and those of transformers."""
+        return model_kernels(may_skip=self.may_skip)
+
 
 def moesaic_experts_forward(module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """What `experts_implementation="moesaic"` runs, on our experts and on those of every stock family.
+
+    Our experts name their kernel in the spec. Stock modules may carry an attribute `kernel` with a name; without one
+    the choice is "auto". The variable MOESAIC_KERNEL overrides both.
 
     Raises:
         UnsupportedKernel: if the module does something between or after the projections that kernels don't know.
@@ -78,9 +92,16 @@ def moesaic_experts_forward(module, hidden_TD: Tensor, index_TK: Tensor, weight_
         raise UnsupportedKernel(
             f'{type(module).__name__} normalises each expert\'s output; use experts_implementation="grouped_mm"'
         )
-    kernel = getattr(module, "kernel", "auto")
-    may_skip = getattr(module, "may_skip", True)
-    return run_experts(kernel, ExpertWeights.of(module), hidden_TD, index_TK, weight_TK, may_skip=may_skip)
+    may_skip = module.may_skip if isinstance(module, Experts) else may_pick_no_expert(module)
+    return run_experts(
+        getattr(module, "kernel", "auto"),
+        ExpertWeights.of(module),
+        hidden_TD,
+        index_TK,
+        weight_TK,
+        may_skip=may_skip,
+        kernels=model_kernels(may_skip=may_skip),
+    )
 
 
 def register() -> None:

@@ -76,12 +76,10 @@ class Experts(nn.Module):
 
     Attributes:
         may_skip: whether picks may be no expert; set by the block that owns the experts.
-        kernels: what `kernel` may name.
         fused_activation: what happens between the projections, for kernels that compute it themselves.
     """
 
     may_skip: bool = True
-    kernels: tuple[Kernel, ...] = KERNELS
 
     def __init__(self, config: ExpertsConfig, hidden_size: int) -> None:
         super().__init__()
@@ -108,6 +106,11 @@ class Experts(nn.Module):
             self.register_parameter(f"{up_name}_bias", nn.Parameter(torch.empty(count, up_width)))
             self.down_proj_bias = nn.Parameter(torch.empty(count, hidden_size))
         self.reset_parameters()
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """What `kernel` may name, in order of preference."""
+        return KERNELS
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Normal weights of the given standard deviation, zero biases."""
