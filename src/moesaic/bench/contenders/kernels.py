@@ -1,0 +1,45 @@
+"""Our kernels: each that takes the input, the one that "auto" chooses called by that name."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from moesaic.bench.cases import Cell
+from moesaic.bench.contenders.base import Entry, LayerContender, LayerEntry, Unavailable
+from moesaic.bench.inputs import Call, LayerInputs
+from moesaic.errors import UnsupportedKernel
+from moesaic.layer.kernels import KERNELS, run_experts, select
+
+
+class KernelContender(LayerContender):
+    """A kernel of the registry.
+
+    Args:
+        kernel: its name.
+    """
+
+    family = "moesaic"
+
+    def __init__(self, kernel: str) -> None:
+        self.kernel, self.name = kernel, f"moesaic:{kernel}"
+
+    def enter(self, cell: Cell, inputs: LayerInputs) -> Entry:
+        call = inputs.calls[0]
+        try:
+            select(self.kernel, call.weights, call.x_TD)
+        except UnsupportedKernel as error:
+            raise Unavailable(str(error)) from None
+        chosen = select("auto", call.weights, call.x_TD).name == self.kernel
+        forward = partial(_forward, "auto" if chosen else self.kernel)
+        return LayerEntry(cell, inputs.calls, forward, note="chosen by auto" if chosen else "")
+
+
+def _forward(kernel: str, call: Call) -> Tensor:
+    return run_experts(kernel, call.weights, call.x_TD, call.index_TK, call.weight_TK)
+
+
+def kernel_contenders() -> list[LayerContender]:
+    """One for each kernel."""
+    return [KernelContender(kernel.name) for kernel in KERNELS]

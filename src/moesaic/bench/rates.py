@@ -1,0 +1,72 @@
+"""What this machine can do: bytes a second from memory, and FLOPs a second of a large product."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from moesaic.bench.contenders.base import synchronise
+from moesaic.bench.inputs import cache_bytes
+
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The best that was seen.
+
+    Attributes:
+        bandwidth: bytes a second that a loop over a large buffer reads.
+        gemm: FLOPs a second of a square product in the type of the cell.
+        bandwidth_by: which loop was the fastest.
+    """
+
+    bandwidth: float
+    gemm: float
+    bandwidth_by: str
+
+
+def measure_rates(dtype: torch.dtype, device: str, *, quick: bool = False) -> Rates:
+    """Measure with the threads that torch has now.
+
+    Args:
+        dtype: of the product.
+        device: where.
+        quick: smaller buffers, for tests and --quick.
+    """
+    by, bandwidth = max(_bandwidths(device, quick).items(), key=lambda item: item[1])
+    return Rates(bandwidth, _gemm(dtype, device, quick), by)
+
+
+def _bandwidths(device: str, quick: bool) -> dict[str, float]:
+    """Bytes a second of each way to read a buffer."""
+    count = cache_bytes(device) * (4 if quick else 16) // 4
+    buffer = torch.ones(count, device=device)
+    readers: dict[str, Callable[[], object]] = {
+        "torch sum": lambda: buffer.sum(),
+        "torch maximum": lambda: buffer.amax(),
+    }
+    size = buffer.numel() * buffer.element_size()
+    return {name: size / _best(reader, device) for name, reader in readers.items()}
+
+
+def _gemm(dtype: torch.dtype, device: str, quick: bool) -> float:
+    """FLOPs a second."""
+    side = 8192 if torch.device(device).type == "cuda" else 1024 if quick else 2048
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / _best(lambda: left @ right.t(), device)
+
+
+def _best(work: Callable[[], object], device: str) -> float:
+    """Seconds of the fastest of some runs, after one to warm up."""
+    found = []
+    for _ in range(REPEATS + 1):
+        synchronise(device)
+        started = time.perf_counter()
+        work()
+        synchronise(device)
+        found.append(time.perf_counter() - started)
+    return min(found[1:])

@@ -1,0 +1,141 @@
+"""Measure cell after cell, keep what was measured whatever happens, and go on where an earlier run stopped."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from moesaic.bench.cases import Cell
+from moesaic.bench.contenders import Contender, contenders
+from moesaic.bench.inputs import Layers
+from moesaic.bench.layer_cell import measure_layer
+from moesaic.bench.rates import Rates, measure_rates
+from moesaic.bench.result import CellResult
+from moesaic.bench.timing import TimeUp
+from moesaic.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure.
+
+    Attributes:
+        rounds: samples of each contender.
+        patience: seconds for one contender in one cell; slower ones take part in fewer rounds.
+        seed: of weights, tokens and picks.
+        only: patterns of names of contenders; empty for all.
+        skip: patterns of names that are left out.
+        time_limit: seconds after which the run stops, or None.
+        quick: smaller buffers for the rates of the machine.
+    """
+
+    rounds: int = 7
+    patience: float = 10.0
+    seed: int = 0
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    time_limit: float | None = None
+    quick: bool = False
+
+
+@dataclass
+class BenchRun:
+    """How a run ended.
+
+    Attributes:
+        results: of all cells that were asked for and are measured, now or earlier.
+        missing: cells that are not, or not with all rounds.
+        stopped: why it ended early, or None.
+    """
+
+    results: list[CellResult] = field(default_factory=list)
+    missing: list[Cell] = field(default_factory=list)
+    stopped: Literal["interrupted", "time limit"] | None = None
+
+
+Tell = Callable[[Cell, str], None]
+
+
+def run_bench(
+    cells: Sequence[Cell],
+    options: Options,
+    *,
+    earlier: Iterable[CellResult] = (),
+    keep: Callable[[CellResult], None] = lambda result: None,
+    tell: Tell = lambda cell, text: None,
+) -> BenchRun:
+    """Measure all cells.
+
+    Args:
+        cells: what to measure.
+        options: how.
+        earlier: results of an earlier run; finished cells among them are not measured again.
+        keep: gets each result as soon as it is there, also a partial one.
+        tell: gets the cell and what is going on.
+
+    Returns:
+        The results. Ctrl-C and the time limit end the run early, with what was measured until then.
+    """
+    people = chosen(contenders(), options.only, options.skip)
+    known = {result.cell: result for result in earlier}
+    threads_before = torch.get_num_threads()
+    run = BenchRun(results=[known[cell] for cell in cells if cell in known and known[cell].finished])
+    done = {result.cell for result in run.results}
+    run.missing = [cell for cell in cells if cell not in done]
+    layers, rates = Layers(options.seed), {}
+    deadline = math.inf if options.time_limit is None else time.monotonic() + options.time_limit
+    try:
+        for cell in list(run.missing):
+            if time.monotonic() > deadline:
+                raise TimeUp
+            if cell.threads:
+                torch.set_num_threads(cell.threads)
+            tell(cell, "measuring bandwidth and GEMM rate")
+            result = CellResult.empty(cell, people, _rates(cell, rates, options.quick))
+            try:
+                measure_layer(result, people, layers, options, deadline, lambda text, cell=cell: tell(cell, text))
+            finally:
+                if any(row.measured for row in result.rows) or result.finished:
+                    run.results.append(result)
+                    keep(result)
+            run.missing.remove(cell)
+    except KeyboardInterrupt:
+        run.stopped = "interrupted"
+    except TimeUp:
+        run.stopped = "time limit"
+    finally:
+        torch.set_num_threads(threads_before)
+    return run
+
+
+def _rates(cell: Cell, known: dict[tuple[str, int, str], Rates], quick: bool) -> Rates:
+    key = (cell.dtype, cell.threads, cell.device)
+    if key not in known:
+        known[key] = measure_rates(cell.torch_dtype, cell.device, quick=quick)
+    return known[key]
+
+
+def chosen(people: Sequence[Contender], only: Sequence[str], skip: Sequence[str]) -> list[Contender]:
+    """Those whose name matches a pattern of `only` (all, if it is empty) and none of `skip`.
+
+    Raises:
+        ConfigError: for a pattern that matches nobody.
+    """
+    names = [person.name for person in people]
+    for option, patterns in (("--only", only), ("--skip", skip)):
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise ConfigError(option, pattern, "matches no contender", f"choose from {', '.join(names)}")
+
+    def wanted(name: str) -> bool:
+        return (not only or any(fnmatch.fnmatch(name, pattern) for pattern in only)) and not any(
+            fnmatch.fnmatch(name, pattern) for pattern in skip
+        )
+
+    return [person for person in people if wanted(person.name)]
