@@ -159,3 +159,9 @@ def test_threads_are_put_back() -> None:
     before = torch.get_num_threads()
     run_bench([replace(cell("forward"), threads=before + 1)], FAST)
     assert torch.get_num_threads() == before
+
+
+def test_the_variable_that_overrides_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOESAIC_KERNEL", "loop")
+    with pytest.raises(ConfigError, match="MOESAIC_KERNEL = 'loop' overrides which kernels are compared; unset it"):
+        run_bench([cell("forward")], FAST)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.bench.cases import Cell
 from moesaic.bench.shapes import Shape
-from moesaic.layer.activations import gated
-from moesaic.layer.kernels import ExpertWeights
+from moesaic.layer.kernels import ExpertWeights, FusedActivation
 
 ROUTINGS = ("balanced", "skewed")
 
@@ -22,7 +19,12 @@ ROUTINGS = ("balanced", "skewed")
 CACHES_APART = 4
 MOST_WEIGHT_BYTES = 2 << 30
 
-activate = partial(gated, activation=F.silu)
+SWIGLU = FusedActivation("silu", gated=True)
+
+
+def gated_weights(up: Tensor, down: Tensor) -> ExpertWeights:
+    """Weights of experts, or of a dense layer, with SwiGLU between the projections."""
+    return ExpertWeights(up, down, SWIGLU, fused=SWIGLU)
 
 
 @dataclass
@@ -94,7 +96,7 @@ class Layers:
             )
             calls.append(
                 Call(
-                    ExpertWeights(up_NHD, down_NDF, activate),
+                    gated_weights(up_NHD, down_NDF),
                     x_TD.requires_grad_(cell.kind.backward),
                     index_TK.to(cell.device),
                     weight_TK.to(cell.device, cell.torch_dtype).requires_grad_(cell.kind.backward),

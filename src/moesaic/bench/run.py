@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from moesaic.bench.rates import Rates, measure_rates
 from moesaic.bench.result import CellResult
 from moesaic.bench.timing import TimeUp
 from moesaic.errors import ConfigError
+from moesaic.layer.kernels import VARIABLE
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,14 @@ def run_bench(
 
     Returns:
         The results. Ctrl-C and the time limit end the run early, with what was measured until then.
+
+    Raises:
+        ConfigError: for a pattern that matches nobody, and if the variable MOESAIC_KERNEL is set.
     """
+    if os.environ.get(VARIABLE):
+        raise ConfigError(
+            VARIABLE, os.environ[VARIABLE], "overrides which kernels are compared", "unset it, use --only"
+        )
     people = chosen(contenders(), options.only, options.skip)
     known = {result.cell: result for result in earlier}
     threads_before = torch.get_num_threads()

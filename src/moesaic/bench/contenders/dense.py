@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from moesaic.bench.cases import Cell
 from moesaic.bench.contenders.base import Entry, LayerContender, LayerEntry
-from moesaic.bench.inputs import Call, LayerInputs, activate
-from moesaic.layer.kernels import ExpertWeights
+from moesaic.bench.inputs import Call, LayerInputs, gated_weights
 
 
 class _Dense(LayerContender):
@@ -68,7 +67,5 @@ def _dense_call(call: Call, rows: int, up_HD: Tensor, down_DF: Tensor) -> Call:
     rows_SD, upstream_SD = (
         source.detach().repeat(repeats, 1)[:rows].clone() for source in (call.x_TD, call.upstream_TD)
     )
-    weights = ExpertWeights(
-        up_HD.detach().requires_grad_(backward), down_DF.detach().requires_grad_(backward), activate
-    )
+    weights = gated_weights(up_HD.detach().requires_grad_(backward), down_DF.detach().requires_grad_(backward))
     return Call(weights, rows_SD.requires_grad_(backward), call.index_TK, call.weight_TK, upstream_SD)

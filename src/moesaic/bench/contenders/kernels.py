@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from moesaic.bench.cases import Cell
 from moesaic.bench.contenders.base import Entry, LayerContender, LayerEntry, Unavailable
 from moesaic.bench.inputs import Call, LayerInputs
 from moesaic.errors import UnsupportedKernel
-from moesaic.layer.kernels import KERNELS, run_experts, select
+from moesaic.layer.kernels import KERNELS, Case, run_experts, select
 
 
 class KernelContender(LayerContender):
@@ -27,11 +28,13 @@ class KernelContender(LayerContender):
 
     def enter(self, cell: Cell, inputs: LayerInputs) -> Entry:
         call = inputs.calls[0]
+        with torch.set_grad_enabled(cell.kind.backward):
+            case = Case.of(call.weights, call.x_TD, call.index_TK, call.weight_TK)
         try:
-            select(self.kernel, call.weights, call.x_TD)
+            select(self.kernel, case, KERNELS)
         except UnsupportedKernel as error:
             raise Unavailable(str(error)) from None
-        chosen = select("auto", call.weights, call.x_TD).name == self.kernel
+        chosen = select("auto", case, KERNELS).name == self.kernel
         forward = partial(_forward, "auto" if chosen else self.kernel)
         return LayerEntry(cell, inputs.calls, forward, note="chosen by auto" if chosen else "")
 
