@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -33,6 +32,11 @@ _ALIGNMENT = 16
 _MOST_GATHERED = 64
 
 
+@dataclass(frozen=True)
+class _Config:
+    hidden_act: str | None
+
+
 @dataclass(frozen=True, eq=False)
 class _Module:
     """What an experts function of transformers reads of its module."""
@@ -46,7 +50,7 @@ class _Module:
     _is_expert_parallel: bool
     _apply_gate: Callable[[Tensor], Tensor]
     act_fn: Callable[[Tensor], Tensor]
-    config: SimpleNamespace
+    config: _Config
     gate_up_proj: Tensor
     up_proj: Tensor
     down_proj: Tensor
@@ -70,7 +74,7 @@ class _Module:
             _is_expert_parallel=may_skip,
             _apply_gate=weights.activate,
             act_fn=weights.activate,
-            config=SimpleNamespace(hidden_act=None if fused is None else fused.name),
+            config=_Config(hidden_act=None if fused is None else fused.name),
             gate_up_proj=up,
             up_proj=up,
             down_proj=down,

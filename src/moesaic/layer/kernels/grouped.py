@@ -29,14 +29,8 @@ def run(weights: ExpertWeights, x_TD: Tensor, index_TK: Tensor, weight_TK: Tenso
 
 
 def _project(rows_SI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None, counts_N: Tensor) -> Tensor:
-    out_SO = torch.ops.moesaic.grouped_linear(rows_SI, weight_NOI.to(rows_SI.dtype), counts_N)
-    if bias_NO is None:
-        return out_SO
-    # Rows of no expert get a zero bias from the extra row, so that they stay zero.
-    padded = torch.cat([bias_NO, bias_NO.new_zeros(1, bias_NO.shape[1])]).to(rows_SI.dtype)
-    ends_N = counts_N.cumsum(0)
-    expert_S = torch.searchsorted(ends_N, torch.arange(rows_SI.shape[0], device=ends_N.device), right=True)
-    return out_SO + padded[expert_S]
+    bias_NO = None if bias_NO is None else bias_NO.to(rows_SI.dtype)
+    return torch.ops.moesaic.grouped_linear(rows_SI, weight_NOI.to(rows_SI.dtype), bias_NO, counts_N)
 
 
 def _segments(counts_N: Tensor) -> Iterator[tuple[int, int, int]]:
@@ -49,11 +43,15 @@ def _segments(counts_N: Tensor) -> Iterator[tuple[int, int, int]]:
 
 
 @torch.library.custom_op("moesaic::grouped_linear", mutates_args=())
-def grouped_linear(rows_SI: Tensor, weight_NOI: Tensor, counts_N: Tensor) -> Tensor:
-    """rows @ weight[e].T for each expert's contiguous rows; rows past the counts' sum give zero. Returns (S, O)."""
+def grouped_linear(rows_SI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None, counts_N: Tensor) -> Tensor:
+    """rows @ weight[e].T + bias[e] for each expert's rows; rows past the counts' sum give zero. Returns (S, O)."""
     out_SO = rows_SI.new_zeros(rows_SI.shape[0], weight_NOI.shape[1])
     for expert, start, end in _segments(counts_N):
-        torch.mm(rows_SI[start:end], weight_NOI[expert].t(), out=out_SO[start:end])
+        rows, weight, out = rows_SI[start:end], weight_NOI[expert].t(), out_SO[start:end]
+        if bias_NO is None:
+            torch.mm(rows, weight, out=out)
+        else:
+            torch.addmm(bias_NO[expert], rows, weight, out=out)
     return out_SO
 
 
@@ -66,8 +64,17 @@ def grouped_outer(left_SO: Tensor, right_SI: Tensor, counts_N: Tensor) -> Tensor
     return out_NOI
 
 
+@torch.library.custom_op("moesaic::grouped_sum", mutates_args=())
+def grouped_sum(rows_SO: Tensor, counts_N: Tensor) -> Tensor:
+    """The sum of each expert's rows, in float32 inside: the bias gradient of `grouped_linear`. Returns (N, O)."""
+    out_NO = rows_SO.new_zeros(counts_N.numel(), rows_SO.shape[1])
+    for expert, start, end in _segments(counts_N):
+        torch.sum(rows_SO[start:end], 0, out=out_NO[expert])
+    return out_NO
+
+
 @grouped_linear.register_fake
-def _(rows_SI: Tensor, weight_NOI: Tensor, counts_N: Tensor) -> Tensor:
+def _(rows_SI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None, counts_N: Tensor) -> Tensor:
     return rows_SI.new_empty(rows_SI.shape[0], weight_NOI.shape[1])
 
 
@@ -76,19 +83,27 @@ def _(left_SO: Tensor, right_SI: Tensor, counts_N: Tensor) -> Tensor:
     return left_SO.new_empty(counts_N.numel(), left_SO.shape[1], right_SI.shape[1])
 
 
-def _setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+@grouped_sum.register_fake
+def _(rows_SO: Tensor, counts_N: Tensor) -> Tensor:
+    return rows_SO.new_empty(counts_N.numel(), rows_SO.shape[1])
 
 
-def _backward(ctx, grad_SO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], output: Tensor) -> None:
+    rows_SI, weight_NOI, _, counts_N = inputs
+    ctx.save_for_backward(rows_SI, weight_NOI, counts_N)
+
+
+def _backward(ctx, grad_SO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
     rows_SI, weight_NOI, counts_N = ctx.saved_tensors
     grad_SO = grad_SO.contiguous()
-    rows_grad = weight_grad = None
+    rows_grad = weight_grad = bias_grad = None
     if ctx.needs_input_grad[0]:
-        rows_grad = torch.ops.moesaic.grouped_linear(grad_SO, weight_NOI.transpose(1, 2), counts_N)
+        rows_grad = torch.ops.moesaic.grouped_linear(grad_SO, weight_NOI.transpose(1, 2), None, counts_N)
     if ctx.needs_input_grad[1]:
         weight_grad = torch.ops.moesaic.grouped_outer(grad_SO, rows_SI, counts_N)
-    return rows_grad, weight_grad, None
+    if ctx.needs_input_grad[2]:
+        bias_grad = torch.ops.moesaic.grouped_sum(grad_SO, counts_N)
+    return rows_grad, weight_grad, bias_grad, None
 
 
 grouped_linear.register_autograd(_backward, setup_context=_setup_context)
