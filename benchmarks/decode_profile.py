@@ -13,7 +13,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moesaic
 from moesaic.files import write_text
+from moesaic.infer.decode import fast_decoding
 from moesaic.papers.machine import describe_machine
 
 PAGE = Path("docs/benchmarks/decode-profile.md")
@@ -185,20 +186,39 @@ def whole(model: Any, prompt_BS: Tensor, tokens: int) -> float:
     return 1e3 * (time.perf_counter() - begun - prompt) / tokens
 
 
-def arms(names: list[str]) -> dict[str, tuple[Any, Callable[[], None]]]:
-    """Each arm's model and what to do before its turn."""
+Arm = tuple[Any, Callable[[], AbstractContextManager[Any]]]
+
+
+def arms(names: list[str]) -> dict[str, Arm]:
+    """Each arm's model, and what its turn runs in; the arms are transformers' own experts implementations, and
+
+    moesaic: our model of the same weights.
+    fast, fast moesaic: the stock model and ours under `moesaic.fast_decoding`.
+    """
     stock, found = stock_model(), {}
+    ours = moesaic.convert(stock) if any("moesaic" in name for name in names) else None
     for name in names:
-        if name == "moesaic":
-            found[name] = (moesaic.convert(stock), lambda: None)
+        model = ours if "moesaic" in name else stock
+        if name.startswith("fast"):
+            found[name] = (model, partial(fast_decoding, model))
+        elif name == "moesaic":
+            found[name] = (model, nullcontext)
         else:
-            found[name] = (stock, partial(stock.set_experts_implementation, name))
+            found[name] = (model, partial(_implementation, stock, name))
     return found
+
+
+@contextmanager
+def _implementation(model: Any, name: str) -> Iterator[None]:
+    before = model.config._experts_implementation
+    model.set_experts_implementation(name)
+    yield
+    model.set_experts_implementation(before)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", default=["eager", "grouped_mm", "moesaic"])
+    parser.add_argument("--arms", nargs="+", default=["eager", "grouped_mm", "moesaic", "fast", "fast moesaic"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
@@ -212,15 +232,15 @@ def main() -> None:
         parts: dict[str, list[dict[str, float]]] = {name: [] for name in models}
         wholes: dict[str, list[float]] = {name: [] for name in models}
         for turn in range(options.rounds + 1):
-            for name, (model, prepare) in models.items():
-                prepare()
-                if turn == 0:
+            for name, (model, turned_on) in models.items():
+                with turned_on():
                     generate(model, prompt_BS, 4)
-                    continue
-                wholes[name].append(whole(model, prompt_BS, options.tokens))
-                with clocked(model) as clock:
-                    generate(model, prompt_BS, options.tokens + 1)
-                    parts[name].append(clock.stop())
+                    if turn == 0:
+                        continue
+                    wholes[name].append(whole(model, prompt_BS, options.tokens))
+                    with clocked(model) as clock:
+                        generate(model, prompt_BS, options.tokens + 1)
+                        parts[name].append(clock.stop())
         tables.append(render(threads, parts, wholes))
     page = "\n".join([*tables, f"Measured on {describe_machine()}.", ""])
     print(page)

@@ -36,6 +36,12 @@ typedef struct {
     /* y += a * x. */
     void (*axpy)(float a, const float *x, float *y, long n);
 
+    /* a = exp(a - most), and the sum of that. */
+    float (*exp_sum)(float *a, float most, long n);
+
+    /* y[r] = sum over s < n of p[r * ldp + s] * v[s], for r < rows; v has rows of `width` elements of the type. */
+    void (*mix[3])(const float *p, long ldp, long rows, const void *v, long v_stride, long n, float *y, long width);
+
     /* h = act(gate) * up, or act(gate) if up is NULL. */
     void (*activate)(int activation, float alpha, float limit, const float *gate, const float *up, float *h, long n);
 } moesaic_isa;

@@ -1,0 +1,89 @@
+"""Top-k routing of a few tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.infer.decode import source
+from moesaic.infer.decode.swap import PLAN, Fast
+from moesaic.layer import Routing, RoutingContext, TopKConfig, TopKRouter
+from moesaic.layer.kernels.native import decode
+
+
+class FastTopKRouter(Fast):
+    """Our `TopKRouter` in one native call when there are few tokens and no graph; its record is complete."""
+
+    def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
+        own: Any = self
+        weight_ND = own._parameters["weight"]
+        if (
+            torch.compiler.is_compiling()
+            or not 0 < x_TD.shape[0] <= decode.ROWS_MOST
+            or x_TD.stride(1) != 1
+            or not decode.suits(x_TD, weight_ND)
+        ):
+            return self._plain.forward(own, x_TD, context)
+        plan = own.__dict__[PLAN]
+        if plan is None or plan.address != weight_ND.data_ptr():
+            plan = own.__dict__[PLAN] = decode.RouterPlan(weight_ND, own.bias, _rule(own.config))
+        logits_TN, scores_TN, index_TK, weight_TK = plan(x_TD)
+        return Routing(index_TK, weight_TK, logits_TN, scores_TN, scores_TN)
+
+
+class FastSoftmaxRouter(Fast):
+    """A stock router, softmax over all experts, in one native call when there are few tokens and no graph."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        own: Any = self
+        weight_ND = own._parameters["weight"]
+        x_TD = hidden_states.reshape(-1, own.hidden_dim)
+        if (
+            torch.compiler.is_compiling()
+            or not 0 < x_TD.shape[0] <= decode.ROWS_MOST
+            or x_TD.stride(1) != 1
+            or not decode.suits(x_TD, weight_ND)
+        ):
+            return self._plain.forward(own, hidden_states)
+        plan = own.__dict__[PLAN]
+        if plan is None or plan.address != weight_ND.data_ptr():
+            rule = decode.RouterRule(own.top_k, normalize=own.norm_topk_prob, round_logits=True, round_weights=True)
+            plan = own.__dict__[PLAN] = decode.RouterPlan(weight_ND, None, rule)
+        logits_TN, _, index_TK, weight_TK = plan(x_TD)
+        return logits_TN.to(x_TD.dtype), weight_TK.to(x_TD.dtype), index_TK
+
+
+def mixin_for(module: nn.Module) -> type[Fast] | None:
+    """What computes a router natively, or None."""
+    if type(module) is TopKRouter:
+        return FastTopKRouter if _knows(module.config) and module.scale is None else None
+    if source.says(type(module).forward, source.SOFTMAX_ROUTER) and type(module._parameters.get("weight")) is nn.Parameter:
+        return FastSoftmaxRouter
+    return None
+
+
+def _knows(config: TopKConfig) -> bool:
+    return (
+        config.score_function in ("softmax", "sigmoid")
+        and config.normalization_order == 1
+        and not config.normalization_floor
+        and not (config.expert_scale or config.selection_bias or config.input_norm or config.input_scale)
+        and config.logit_scale == 1
+        and config.logit_softcap is None
+        and config.num_groups is None
+        and config.select_by == "scores"
+        and config.stable_ties
+    )
+
+
+def _rule(config: TopKConfig) -> decode.RouterRule:
+    return decode.RouterRule(
+        config.top_k,
+        sigmoid=config.score_function == "sigmoid",
+        over_selected=config.softmax_over == "selected",
+        normalize=config.normalize_top_k,
+        epsilon=config.normalization_epsilon,
+        scale=config.scaling_factor,
+    )
