@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.catalog import preset
 from moesaic.hf import MoeCausalLMOutput, MoesaicConfig, MoesaicForCausalLM, MoesaicModel, build, convert, export
+from moesaic.infer.decode import fast_decoding
 from moesaic.layer import MoESpec
 from moesaic.trace import record
 from moesaic.transform import add_null_experts, upcycle
@@ -31,6 +32,7 @@ __all__ = [
     "build",
     "convert",
     "export",
+    "fast_decoding",
     "preset",
     "record",
     "upcycle",

@@ -49,6 +49,8 @@ class FastAttention(Fast):
         layer = cache.layer_of(past_key_values, own.layer_idx)
         if layer is None or own.config._attn_implementation != "sdpa" or not self._idle(kwargs):
             return None
+        if own.training and own.attention_dropout:
+            return None
         plan = self._planned(x_B1D)
         cos, sin = position_embeddings
         if plan is None or cos.dtype is not x_B1D.dtype or cos.shape[-1] != own.head_dim:

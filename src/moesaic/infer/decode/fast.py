@@ -15,45 +15,60 @@ from moesaic.infer.decode import attention, linear, norm, router, swap
 from moesaic.infer.decode.attention import FastAttention
 from moesaic.infer.decode.linear import FastLinear
 from moesaic.infer.decode.norm import FastNorm
+from moesaic.infer.decode.router import FastSoftmaxRouter, FastTopKRouter
 from moesaic.infer.decode.swap import Fast
 from moesaic.layer.kernels.native import decode
 
 logger = logging.getLogger(__name__)
 
 
+# What a mixin's modules are called in the log.
+_KINDS: dict[type[Fast], str] = {
+    FastLinear: "linear maps",
+    FastNorm: "norms",
+    FastAttention: "attention layers",
+    FastTopKRouter: "routers",
+    FastSoftmaxRouter: "routers",
+}
+
+
 class FastDecoding:
-    """What `fast_decoding` did to a model; also a context manager that undoes it at its end.
+    """What `fast_decoding` did to a model; as a context manager it undoes that at its end.
 
     Attributes:
-        counts: modules that compute natively, by kind.
+        counts: how many modules compute natively, by kind.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.counts: Counter[str] = Counter()
         self._modules: list[nn.Module] = []
         self._experts: list[tuple[Any, str]] = []
-        self.counts: Counter[str] = Counter()
         if not decode.available():
             return  # the library has said why
-        for module in model.modules():
+        for module in list(model.modules()):
             mixin = _mixin_for(module)
             if mixin is not None:
                 swap.swap(module, mixin)
                 self._modules.append(module)
-                self.counts[mixin.__name__] += 1
-        self._switch_experts(model)
-        logger.info("fast decoding: %s", ", ".join(f"{n} {kind}" for kind, n in self.counts.items()) or "nothing to do")
+                self.counts[_KINDS[mixin]] += 1
+        if self._modules:
+            self._switch_experts(model)
+        done = ", ".join(f"{count} {kind}" for kind, count in self.counts.items())
+        logger.info("fast decoding: %s compute natively", done or "no modules")
 
     def _switch_experts(self, model: nn.Module) -> None:
+        if any(getattr(module, "has_post_expert_norm", False) for module in model.modules()):
+            return  # no kernel of ours computes these
         for part in model.modules():
-            if not isinstance(part, PreTrainedModel):
+            if not isinstance(part, PreTrainedModel) or not part._can_set_experts_implementation():
                 continue
             name = getattr(part.config, "_experts_implementation", None)
-            if part._can_set_experts_implementation() and name not in (None, IMPLEMENTATION):
+            if name not in (None, IMPLEMENTATION):
                 self._experts.append((part.config, name))
                 part.config._experts_implementation = IMPLEMENTATION
 
     def undo(self) -> None:
-        """The model as it was."""
+        """Leave the model as it was; what somebody else has changed since stays changed."""
         for module in self._modules:
             swap.undo(module)
         for config, name in self._experts:
@@ -70,6 +85,29 @@ class FastDecoding:
         self.undo()
 
 
+def fast_decoding(model: nn.Module) -> FastDecoding:
+    """Let a model on CPU compute natively what a decoding step consists of: ours, or any of transformers.
+
+    Plain linear maps, RMSNorms, rotary attention over a growing cache, top-k routers and packed experts then take one
+    native call each when they get few tokens (at most 16) and no gradient is asked for. Everything else, training, long
+    prompts, compiled graphs and modules that this does not know among it, runs as before. Weights stay where they are
+    and state dict keys what they are, so adapters, `save_pretrained` and `load_state_dict` work as ever.
+
+        with moesaic.fast_decoding(model):
+            model.generate(...)
+
+    Results equal those of the plain modules within the rounding of their dtype. Without the native library (no C
+    compiler when moesaic was installed) nothing is changed and a warning says so once.
+
+    Args:
+        model: any module; call it again after replacing parts of it.
+
+    Returns:
+        A handle: `undo()` takes it back, as does the end of a `with` block.
+    """
+    return FastDecoding(model)
+
+
 def _mixin_for(module: nn.Module) -> type[Fast] | None:
     if isinstance(module, Fast):
         return None
@@ -80,7 +118,3 @@ def _mixin_for(module: nn.Module) -> type[Fast] | None:
     if attention.knows(module):
         return FastAttention
     return router.mixin_for(module)
-
-
-def fast_decoding(model: nn.Module) -> FastDecoding:
-    return FastDecoding(model)

@@ -35,4 +35,4 @@ def knows(module: nn.Module) -> bool:
     if type(module) is not nn.Linear:
         return False
     weight = module.weight
-    return type(weight) is nn.Parameter and weight.stride(1) == 1 and not weight.is_meta
+    return decode.readable(weight)

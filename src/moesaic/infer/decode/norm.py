@@ -30,5 +30,4 @@ class FastNorm(Fast):
 
 def knows(module: nn.Module) -> bool:
     """Whether a module's code is that of Llama's RMSNorm."""
-    weight = module._parameters.get("weight")
-    return type(weight) is nn.Parameter and source.says(type(module).forward, source.RMS_NORM)
+    return decode.readable(module._parameters.get("weight")) and source.says(type(module).forward, source.RMS_NORM)

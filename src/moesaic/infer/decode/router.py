@@ -21,6 +21,7 @@ class FastTopKRouter(Fast):
         weight_ND = own._parameters["weight"]
         if (
             torch.compiler.is_compiling()
+            or (own.training and own.config.input_jitter)
             or not 0 < x_TD.shape[0] <= decode.ROWS_MOST
             or x_TD.stride(1) != 1
             or not decode.suits(x_TD, weight_ND)
@@ -57,11 +58,11 @@ class FastSoftmaxRouter(Fast):
 
 def mixin_for(module: nn.Module) -> type[Fast] | None:
     """What computes a router natively, or None."""
+    if not decode.readable(module._parameters.get("weight")):
+        return None
     if type(module) is TopKRouter:
-        return FastTopKRouter if _knows(module.config) and module.scale is None else None
-    if source.says(type(module).forward, source.SOFTMAX_ROUTER) and type(module._parameters.get("weight")) is nn.Parameter:
-        return FastSoftmaxRouter
-    return None
+        return FastTopKRouter if _knows(module.config) else None
+    return FastSoftmaxRouter if source.says(type(module).forward, source.SOFTMAX_ROUTER) else None
 
 
 def _knows(config: TopKConfig) -> bool:

@@ -21,7 +21,8 @@ class Fast:
     _plain: ClassVar[type[nn.Module]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        function, arguments, state, *rest = cast(tuple, super().__reduce_ex__(protocol))
+        # The first protocol names the class in an argument; later ones insist on that of the object.
+        function, arguments, state, *rest = cast(tuple, super().__reduce_ex__(1))
         state = {name: value for name, value in state.items() if name != PLAN}
         return function, (self._plain, *arguments[1:]), state, *rest
 

@@ -100,6 +100,17 @@ def available() -> bool:
     return library.load() is not None
 
 
+def readable(weight: object) -> bool:
+    """Whether a weight is a plain matrix or vector on CPU with contiguous rows: not quantised, sharded or packed."""
+    return (
+        type(weight) is torch.nn.Parameter
+        and weight.is_cpu
+        and weight.dtype in library.DTYPES
+        and weight.dim() in (1, 2)
+        and weight.stride(-1) == 1
+    )
+
+
 def suits(x: Tensor, weight: Tensor) -> bool:
     """Whether a computation with this input and weight may run here now: plain CPU tensors, one dtype, no graph.
 
