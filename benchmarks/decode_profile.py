@@ -253,9 +253,7 @@ HEAD = """# Where the time of a token goes
 """
 
 
-def render(
-    threads: int, parts: dict[str, list[dict[str, float]]], wholes: dict[str, list[float]]
-) -> str:
+def render(threads: int, parts: dict[str, list[dict[str, float]]], wholes: dict[str, list[float]]) -> str:
     sizes = bytes_read(Qwen3MoeConfig(**CONFIG))
     lines = [f"## {threads} thread{'s' if threads > 1 else ''}", ""]
     lines += [f"| ms a token | MB read | {' | '.join(parts)} |", "|" + "---|" * (len(parts) + 2)]

@@ -16,6 +16,7 @@ from moesaic.cli.console import Json, emit_json, errors
 from moesaic.cli.models import load, positions_of, tokenizer_of
 from moesaic.errors import ConfigError
 from moesaic.hf import MoesaicForCausalLM
+from moesaic.infer.decode import fast_decoding
 
 
 class _Stream(TextStreamer):
@@ -58,16 +59,17 @@ def command(
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
     begun = time.perf_counter()
-    output: Any = cast(Any, network).generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        streamer=None if json or num_beams > 1 else _Stream(tokens),
-        pad_token_id=tokens.pad_token_id if tokens.pad_token_id is not None else tokens.eos_token_id,
-        **sampling,
-        **labels,
-    )
+    with fast_decoding(network):
+        output: Any = cast(Any, network).generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            streamer=None if json or num_beams > 1 else _Stream(tokens),
+            pad_token_id=tokens.pad_token_id if tokens.pad_token_id is not None else tokens.eos_token_id,
+            **sampling,
+            **labels,
+        )
     seconds = time.perf_counter() - begun
     new = output[0, inputs["input_ids"].shape[1] :]
     continuation = str(tokens.decode(new, skip_special_tokens=True))

@@ -25,7 +25,9 @@ pytestmark = [
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Layers with native attention of the three in these models; families not named run their own.
-ATTENTION = dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "granite", "gemma", "qwen3_moe", "qwen2_moe", "mixtral"], 3)
+ATTENTION = dict.fromkeys(
+    ["llama", "mistral", "qwen2", "qwen3", "granite", "gemma", "qwen3_moe", "qwen2_moe", "mixtral"], 3
+)
 ROUTERS = dict.fromkeys(["qwen3_moe", "qwen2_moe", "olmoe"], 3)
 
 
@@ -123,7 +125,9 @@ def test_a_context_that_outgrows_its_room() -> None:
         assert_same(plain, decoded(model, ids, max_new_tokens=90), torch.float32)
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str
+)
 def test_other_ways_of_generating(options: dict[str, Any]) -> None:
     model = own()
     ids, mask = padded_ids()
@@ -208,9 +212,14 @@ def test_the_model_stays_what_it_is(tmp_path: Path) -> None:
     fast = moesaic.fast_decoding(model)
     assert fast.counts["linear maps"] > 0
     assert list(model.state_dict()) == names
-    assert all(isinstance(m, kind) and type(m).__name__ == kind.__name__ for m, kind in zip(model.modules(), kinds, strict=True))
+    assert all(
+        isinstance(m, kind) and type(m).__name__ == kind.__name__
+        for m, kind in zip(model.modules(), kinds, strict=True)
+    )
     model.save_pretrained(tmp_path / "fast")
-    assert load_file(tmp_path / "plain/model.safetensors").keys() == load_file(tmp_path / "fast/model.safetensors").keys()
+    assert (
+        load_file(tmp_path / "plain/model.safetensors").keys() == load_file(tmp_path / "fast/model.safetensors").keys()
+    )
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "fast" / file).read_bytes()
     decoded(model, token_ids(1, 4))
@@ -296,7 +305,9 @@ def test_what_is_not_plain_is_left_alone() -> None:
         def forward(self, hidden_states: Tensor) -> Tensor:
             return 3 * self.weight * hidden_states
 
-    model = nn.Sequential(Scaled(8, 8), LouderNorm(), nn.Linear(8, 8, dtype=torch.float64), nn.Linear(8, 8, device="meta"))
+    model = nn.Sequential(
+        Scaled(8, 8), LouderNorm(), nn.Linear(8, 8, dtype=torch.float64), nn.Linear(8, 8, device="meta")
+    )
     with moesaic.fast_decoding(model) as fast:
         assert not fast.counts
 

@@ -55,7 +55,8 @@ class FastAttention(Fast):
         cos, sin = position_embeddings
         if plan is None or cos.dtype is not x_B1D.dtype or cos.shape[-1] != own.head_dim:
             return None
-        length = layer.keys.shape[2] + 1
+        held, _ = cache.held_by(layer)
+        length = held.shape[2] + 1
         mask_BL = None
         if attention_mask is not None:
             if attention_mask.dtype is not torch.bool or attention_mask.shape[1:] != (1, 1, length):
@@ -63,7 +64,7 @@ class FastAttention(Fast):
             mask_BL = attention_mask[:, 0, 0]
             if mask_BL.stride(1) != 1:
                 mask_BL = mask_BL.contiguous()
-        if layer.keys.dtype is not x_B1D.dtype or layer.keys.shape[1] != plan.kv_heads:
+        if held.dtype is not x_B1D.dtype or held.shape[1] != plan.kv_heads:
             return None
         keys, values = cache.room_for_one(layer)
         y_BD = plan(x_B1D[:, 0], cos[:, 0].contiguous(), sin[:, 0].contiguous(), keys, values, length, mask_BL)
@@ -98,10 +99,10 @@ class FastAttention(Fast):
 
     def _plan(self) -> decode.AttentionPlan:
         own: Any = self
-        pairs = [(child.weight, child.bias) for child in (own._modules[name] for name in _PROJECTIONS)]
+        q, k, v, o = ((child.weight, child.bias) for child in (own._modules[name] for name in _PROJECTIONS))
         norms = [own._modules.get(name) for name in _NORMS]
         q_norm, k_norm = (None if norm is None else (norm.weight, norm.variance_epsilon) for norm in norms)
-        return decode.AttentionPlan(*pairs, own.head_dim, own.scaling, q_norm, k_norm)
+        return decode.AttentionPlan(q, k, v, o, own.head_dim, own.scaling, q_norm, k_norm)
 
 
 def _hooked(module: Any) -> bool:

@@ -7,6 +7,7 @@ than what it holds and grows by half; the cache sees the part in use.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
@@ -29,12 +30,19 @@ def layer_of(cache: object, index: int) -> DynamicLayer | None:
     if not isinstance(cache, Cache) or index >= len(cache.layers):
         return None
     layer = cache.layers[index]
-    return layer if type(layer) is DynamicLayer and layer.is_initialized and layer.keys.dim() == 4 else None
+    if type(layer) is not DynamicLayer or not layer.is_initialized or cast(Tensor, layer.keys).dim() != 4:
+        return None
+    return layer
+
+
+def held_by(layer: DynamicLayer) -> tuple[Tensor, Tensor]:
+    """Keys and values of a layer that `layer_of` gave."""
+    return cast(Tensor, layer.keys), cast(Tensor, layer.values)
 
 
 def room_for_one(layer: DynamicLayer) -> tuple[Tensor, Tensor]:
     """Keys and values of a layer as buffers with room for another token, behind the ones it holds."""
-    keys, values = layer.keys, layer.values
+    keys, values = held_by(layer)
     length = keys.shape[2]
     room = vars(layer).get(_ROOM)
     if (
@@ -49,9 +57,9 @@ def room_for_one(layer: DynamicLayer) -> tuple[Tensor, Tensor]:
     batch, heads, _, width = keys.shape
     size = max(_LEAST, length + length // 2 + 1)
     grown = []
-    for held in (keys, values):
-        buffer = held.new_empty(batch, heads, size, width)
-        buffer[:, :, :length] = held
+    for part in (keys, values):
+        buffer = part.new_empty(batch, heads, size, width)
+        buffer[:, :, :length] = part
         grown.append(buffer)
     vars(layer)[_ROOM] = room = _Room(grown[0], grown[1], id(layer))
     return room.keys, room.values
