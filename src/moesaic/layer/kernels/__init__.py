@@ -11,13 +11,15 @@ from typing import Literal
 
 from torch import Tensor
 
-from moesaic.layer.kernels import grouped, loop
+from moesaic.layer.kernels import grouped, loop, triton
 from moesaic.layer.kernels.activation import FusedActivation
 from moesaic.layer.kernels.native import experts as native
 from moesaic.layer.kernels.selection import VARIABLE, Case, Kernel, select
 from moesaic.layer.kernels.weights import ExpertWeights
 
-KernelName = Literal["auto", "native", "loop", "grouped", "grouped_mm", "batched_mm", "sonicmoe", "deepgemm"]
+KernelName = Literal[
+    "auto", "native", "triton", "grouped", "loop", "grouped_mm", "batched_mm", "sonicmoe", "deepgemm"
+]
 
 
 def _refuses_nothing(case: Case) -> None:
@@ -33,6 +35,7 @@ def _grouped_refuses(case: Case) -> str | None:
 # In order of preference.
 KERNELS: tuple[Kernel, ...] = (
     Kernel("native", native.run, native.refuses, native.suits),
+    Kernel("triton", triton.run, triton.refuses, triton.suits),
     Kernel(
         "grouped",
         grouped.run,
