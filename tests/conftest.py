@@ -9,3 +9,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tes
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # Triton kernels run in its interpreter, which must be known before they are imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")

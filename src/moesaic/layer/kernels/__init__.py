@@ -17,9 +17,7 @@ from moesaic.layer.kernels.native import experts as native
 from moesaic.layer.kernels.selection import VARIABLE, Case, Kernel, select
 from moesaic.layer.kernels.weights import ExpertWeights
 
-KernelName = Literal[
-    "auto", "native", "triton", "grouped", "loop", "grouped_mm", "batched_mm", "sonicmoe", "deepgemm"
-]
+KernelName = Literal["auto", "native", "triton", "grouped", "loop", "grouped_mm", "batched_mm", "sonicmoe", "deepgemm"]
 
 
 def _refuses_nothing(case: Case) -> None:

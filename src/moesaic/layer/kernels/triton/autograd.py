@@ -32,7 +32,7 @@ def _experts_backward(ctx: Any, grad_TD: Tensor | None, _: Tensor | None) -> tup
     )  # fmt: skip
     up_grad_SH, down_grad, down_bias_grad, combine_grad = second
     x_grad, up_weight_grad, up_bias_grad = _gather_gradients(
-        ctx.needs_input_grad[:2] + (ctx.needs_input_grad[3],),
+        (*ctx.needs_input_grad[:2], ctx.needs_input_grad[3]),
         up_grad_SH, x_TD, up_NHD, up_bias, index_TK, pick_S, end_N, ctx.atomic,
     )  # fmt: skip
     gradients = (x_grad, up_weight_grad, down_grad, up_bias_grad, down_bias_grad, None, combine_grad)
@@ -95,7 +95,10 @@ def _gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gather_backward(ctx: Any, grad_SH: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _gather_gradients(ctx.needs_input_grad[:3], grad_SH.contiguous(), *ctx.saved_tensors, ctx.atomic)
+    x_TD, weight_NHD, bias_NH, index_TK, pick_S, end_N = ctx.saved_tensors
+    gradients = _gather_gradients(
+        ctx.needs_input_grad[:3], grad_SH.contiguous(), x_TD, weight_NHD, bias_NH, index_TK, pick_S, end_N, ctx.atomic
+    )
     return (*gradients, None, None, None, None)
 
 

@@ -4,6 +4,9 @@ With a handful of picks almost every row meets another expert, so weights are re
 them is all the time there is. One program reads a strip of one expert's matrix; two launches make a layer.
 """
 
+# Triton's types describe neither launches nor values inside kernels.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import triton
@@ -178,7 +181,9 @@ def _decode_down(
             for start in range(0, size_in, BLOCK_IN):
                 column = start + inner
                 hidden = tl.load(hidden_ptr + pick * size_in + column, mask=column < size_in, other=0.0).to(tl.float32)
-                block_ptrs = weight_ptr + expert * stride_expert + (out * stride_out)[:, None] + (column * stride_in)[None, :]
+                block_ptrs = (
+                    weight_ptr + expert * stride_expert + (out * stride_out)[:, None] + (column * stride_in)[None, :]
+                )
                 block = tl.load(block_ptrs, mask=mask[:, None] & (column < size_in)[None, :], other=0.0)
                 sums += block.to(tl.float32) * hidden[None, :]
             row = tl.sum(sums, axis=1)

@@ -4,6 +4,9 @@ The second projection (weighted, with bias) and the gradient of the first one's 
 other strides.
 """
 
+# Triton's types describe neither launches nor values inside kernels.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import torch
@@ -48,10 +51,7 @@ def linear_scatter(
     """
     (tokens, top_k), (num_experts, outs, size_in) = index_TK.shape, weight_NOI.shape
     num_rows = pick_S.numel()
-    if atomic:
-        out = rows_SI.new_zeros(tokens, outs, dtype=torch.float32)
-    else:
-        out = rows_SI.new_empty(num_rows, outs)
+    out = rows_SI.new_zeros(tokens, outs, dtype=torch.float32) if atomic else rows_SI.new_empty(num_rows, outs)
     tile = tiles.choose("down", num_rows / num_experts, outs, size_in, rows_SI.dtype, rows_SI.device)
     _linear_scatter[(schedule.num_blocks * triton.cdiv(outs, tile.outs),)](
         rows_SI,

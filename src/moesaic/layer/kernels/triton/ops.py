@@ -183,9 +183,7 @@ def triton_hidden_gradient(
         _schedule(pick_S, end_N),
         Formula(activation, gated, interleaved, alpha, limit),
     )
-    combine_grad_TK = combine_gradient(
-        parts_PB, grad_TD, down_bias_ND, index_TK, end_N.numel(), combine_TK.dtype
-    )
+    combine_grad_TK = combine_gradient(parts_PB, grad_TD, down_bias_ND, index_TK, end_N.numel(), combine_TK.dtype)
     return up_grad_SH, weighted_SF, combine_grad_TK
 
 

@@ -1,5 +1,8 @@
 """Sums over the picks of a token, in float32 and in a fixed order."""
 
+# Triton's types describe neither launches nor values inside kernels.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import torch
@@ -39,7 +42,12 @@ def _sum_picks(rows_ptr, index_ptr, y_ptr, num_experts, outs, TOP_K: tl.constexp
 
 
 def combine_gradient(
-    parts_PB: Tensor, grad_TD: Tensor, down_bias_ND: Tensor | None, index_TK: Tensor, num_experts: int, dtype: torch.dtype
+    parts_PB: Tensor,
+    grad_TD: Tensor,
+    down_bias_ND: Tensor | None,
+    index_TK: Tensor,
+    num_experts: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Gradient of the combine weights: <grad_t, down_e(hidden) + bias_e>, zero for picks of no expert.
 

@@ -106,6 +106,13 @@ def fitted(tile: Tile, product: Product, element_size: int, limit: int) -> Tile:
     return replace(tile, num_stages=max(1, stages))
 
 
+def table(capability: tuple[int, int]) -> list[tuple[Product, Tile]]:
+    """Every row of the table."""
+    return [(product, tile) for (product, _), tile in _TILES.items()] + [
+        ("weight_gradient", tile) for tile in _WEIGHT_GRADIENT.values()
+    ]
+
+
 def _covering(size: int) -> int:
     """The smallest power of two that holds `size`, at least what the tensor cores need."""
     return max(16, triton.next_power_of_2(size))

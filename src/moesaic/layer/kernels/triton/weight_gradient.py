@@ -1,5 +1,8 @@
 """Gradients of packed weights and biases: sums over the rows of each expert, written once into the packed tensor."""
 
+# Triton's types describe neither launches nor values inside kernels.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import torch
@@ -83,9 +86,7 @@ def _weight_gradient(
     PRECISION: tl.constexpr,
 ):
     expert = tl.program_id(1)
-    out_block, in_block = locate(
-        tl.program_id(0), tl.cdiv(outs, BLOCK_OUT), tl.cdiv(ins, BLOCK_IN), GROUP_OUT
-    )
+    out_block, in_block = locate(tl.program_id(0), tl.cdiv(outs, BLOCK_OUT), tl.cdiv(ins, BLOCK_IN), GROUP_OUT)
     first = tl.load(end_ptr + expert - 1, mask=expert > 0, other=0)
     end = tl.load(end_ptr + expert)
     out = out_block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
