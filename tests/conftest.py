@@ -10,5 +10,5 @@ import torch
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    # Triton kernels run in its interpreter, which must be known before they are imported.
+    # Triton kernels run in its interpreter, which must be known before anybody imports Triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")

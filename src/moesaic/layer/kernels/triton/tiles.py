@@ -106,11 +106,12 @@ def fitted(tile: Tile, product: Product, element_size: int, limit: int) -> Tile:
     return replace(tile, num_stages=max(1, stages))
 
 
-def table(capability: tuple[int, int]) -> list[tuple[Product, Tile]]:
-    """Every row of the table."""
-    return [(product, tile) for (product, _), tile in _TILES.items()] + [
-        ("weight_gradient", tile) for tile in _WEIGHT_GRADIENT.values()
-    ]
+def table(capability: tuple[int, int], dtype: torch.dtype) -> list[tuple[Product, Tile]]:
+    """Every row of the table, as it is used on a card."""
+    rows: dict[tuple[Product, int], Tile] = {**_TILES}
+    rows.update({("weight_gradient", size): tile for size, tile in _WEIGHT_GRADIENT.items()})
+    limit = SHARED_MEMORY.get(capability, SMALLEST_SHARED_MEMORY)
+    return [(product, fitted(tile, product, dtype.itemsize, limit)) for (product, _), tile in rows.items()]
 
 
 def _covering(size: int) -> int:

@@ -1,6 +1,6 @@
 """Compile every Triton kernel for a GPU that need not be there, and print what each one uses, a JSON line a kernel.
 
-    python -m tests.layer.compile_triton --capability 90 --dtype bfloat16 --rows 128
+    python -m tests.layer.kernels.compile_triton --capability 90 --dtype bfloat16 --rows 128
 
 Run without TRITON_INTERPRET, which would keep Triton from compiling. Triton's own compiler and assembler do the work, as
 on a GPU; only the launch is left out.
