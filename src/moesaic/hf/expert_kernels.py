@@ -3,10 +3,11 @@
 They run on the same tensors: a view in transformers' terms is made from `ExpertWeights`, and no weight is copied to
 make it. ("batched_mm" itself gathers a copy of an expert's weights for each pick.)
 
-Where "auto" takes them is taken from transformers' measurements, not from ours: its page "Experts backends" has, for
-16 tokens decoded at batch size 1 on a GPU, 535 ms for batched_mm and 815 ms for grouped_mm against 1,194 ms for eager,
+Where "auto" takes them on a GPU is taken from transformers' measurements, not from ours: its page "Experts backends"
+has, for 16 tokens decoded at batch size 1, 535 ms for batched_mm and 815 ms for grouped_mm against 1,194 ms for eager,
 and at longer input 36 GB against 27 GB of memory for batched_mm. Its `generate` decodes with batched_mm and prefills
-with grouped_mm on every device but the CPU. On the CPU both were measured to be slower than `grouped`.
+with grouped_mm on every device but the CPU. On the CPU "auto" takes none of them: `native` is faster at all sizes that
+were measured, and `grouped` is what it falls back to.
 """
 
 from __future__ import annotations
