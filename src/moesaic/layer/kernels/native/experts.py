@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moesaic.layer.kernels.activation import FusedActivation
-from moesaic.layer.kernels.native import library
+from moesaic.layer.kernels.native import backward, library
+from moesaic.layer.kernels.native.call import experts_call, fresh, order, rows_of
 from moesaic.layer.kernels.selection import Case
 from moesaic.layer.kernels.weights import ExpertWeights
 
@@ -32,8 +33,6 @@ def refuses(case: Case) -> str | None:
         return "does not know the activation"
     if case.transposed:
         return "needs weights that are stored (out, in)"
-    if case.needs_grad:
-        return "has no backward pass yet"
     if not library.is_built():
         return "was not built: no C compiler when moesaic was installed"
     return None
@@ -82,81 +81,32 @@ def _forward(
     limit: float,
     save_up: bool,
 ) -> tuple[Tensor, Tensor]:
-    x_TD, index_TK, weight_TK = _rows(x_TD), index_TK.contiguous(), weight_TK.contiguous()
-    up_NHD, down_NDF = _rows(up_NHD), _rows(down_NDF)
-    tokens, hidden = x_TD.shape
-    num_experts, up_width, _ = up_NHD.shape
-    width = down_NDF.shape[2]
-    picks = index_TK.numel()
-    saved_SH = x_TD.new_empty(picks if save_up else 0, up_width)
-    if picks == 0:
+    x_TD, index_TK, weight_TK = rows_of(x_TD), index_TK.contiguous(), weight_TK.contiguous()
+    up_NHD, down_NDF = rows_of(up_NHD), rows_of(down_NDF)
+    saved_SH = fresh((index_TK.numel() if save_up else 0, up_NHD.shape[1]), x_TD.dtype)
+    ordered = order(index_TK, up_NHD.shape[0])
+    if ordered.rows == 0:
         return torch.zeros_like(x_TD), saved_SH
-    pick_S, expert_G, end_G = order(index_TK, num_experts)
-    if expert_G.numel() == 0:
-        return torch.zeros_like(x_TD), saved_SH
-    y_TD = torch.empty(tokens, hidden)
-    threads = torch.get_num_threads()
-    call = library.ExpertsCall(
-        library.DTYPES[x_TD.dtype],
+    y_TD = torch.empty(x_TD.shape)
+    call = experts_call(
+        x_TD,
+        up_NHD,
+        down_NDF,
+        up_bias_NH,
+        down_bias_ND,
+        ordered,
+        weight_TK,
         activation,
         gated,
         interleaved,
         alpha,
         limit,
-        threads,
-        tokens,
-        index_TK.shape[1],
-        hidden,
-        width,
-        expert_G.numel(),
-        expert_G.data_ptr(),
-        end_G.data_ptr(),
-        pick_S.data_ptr(),
-        weight_TK.data_ptr(),
-        x_TD.data_ptr(),
-        x_TD.stride(0),
-        up_NHD.data_ptr(),
-        up_NHD.stride(0),
-        up_NHD.stride(1),
-        down_NDF.data_ptr(),
-        down_NDF.stride(0),
-        down_NDF.stride(1),
-        None if up_bias_NH is None else up_bias_NH.data_ptr(),
-        0 if up_bias_NH is None else up_bias_NH.stride(0),
-        None if down_bias_ND is None else down_bias_ND.data_ptr(),
-        0 if down_bias_ND is None else down_bias_ND.stride(0),
-        saved_SH.data_ptr() if save_up else None,
-        y_TD.data_ptr(),
     )
+    call.saved_up = saved_SH.data_ptr() if save_up else None
+    call.y = y_TD.data_ptr()
     if library.loaded().moesaic_experts_forward(ctypes.byref(call)) != 0:
-        raise MemoryError(f"no memory for {picks} rows of {width} features")
+        raise MemoryError(f"no memory for {ordered.rows} rows of {down_NDF.shape[2]} features")
     return y_TD.to(x_TD.dtype), saved_SH
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with contiguous rows; weights have them, so only an unusual input is copied."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def order(index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Picks by expert: (pick of each row, experts that have rows, one past the last row of each), int64.
-
-    Raises:
-        IndexError: for a pick outside [0, num_experts].
-    """
-    picks = index_TK.numel()
-    pick_S = torch.empty(picks, dtype=torch.int64)
-    expert_G = torch.empty(min(picks, num_experts), dtype=torch.int64)
-    end_G = torch.empty_like(expert_G)
-    found = library.loaded().moesaic_order(
-        index_TK.data_ptr(), picks, num_experts, pick_S.data_ptr(), expert_G.data_ptr(), end_G.data_ptr()
-    )
-    if found == -2:
-        raise IndexError(f"picks must be in [0, {num_experts}], got {int(index_TK.min())} to {int(index_TK.max())}")
-    if found < 0:
-        raise MemoryError(f"no memory to order {picks} picks of {num_experts} experts")
-    rows = int(end_G[found - 1]) if found else 0
-    return pick_S[:rows], expert_G[:found], end_G[:found]
 
 
 @torch.library.custom_op("moesaic::native_experts", mutates_args=())
@@ -211,3 +161,6 @@ def _(
 ):
     rows = index_TK.numel() if save_up else 0
     return torch.empty_like(x_TD, memory_format=torch.contiguous_format), x_TD.new_empty(rows, up_NHD.shape[1])
+
+
+native_experts.register_autograd(backward.backward, setup_context=backward.setup_context)

@@ -63,6 +63,25 @@ class ExpertsCall(ctypes.Structure):
     )
 
 
+class BackwardCall(ctypes.Structure):
+    """`moesaic_backward` of csrc/backward.h, field by field."""
+
+    _fields_ = (
+        ("forward", ExpertsCall),
+        ("up_transposed", c_int32),
+        ("down_transposed", c_int32),
+        ("num_experts", c_int64),
+        ("y_grad", c_void_p),
+        ("y_grad_stride", c_int64),
+        ("weight_grad", c_void_p),
+        ("x_grad", c_void_p),
+        ("up_grad", c_void_p),
+        ("down_grad", c_void_p),
+        ("up_bias_grad", c_void_p),
+        ("down_bias_grad", c_void_p),
+    )
+
+
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """The library, or None with one log line that says why it is not used."""
@@ -78,6 +97,9 @@ def load() -> ctypes.CDLL | None:
     library.moesaic_order.restype = c_long
     library.moesaic_experts_forward.argtypes = [POINTER(ExpertsCall)]
     library.moesaic_experts_forward.restype = c_long
+    library.moesaic_experts_backward.argtypes = [POINTER(BackwardCall)]
+    library.moesaic_experts_backward.restype = c_long
+    library.moesaic_huge_pages.argtypes, library.moesaic_huge_pages.restype = [c_void_p, c_long], None
     openmp = _openmp()
     library.moesaic_use_openmp(openmp)
     at_most = os.environ.get(ISA_VARIABLE)

@@ -33,6 +33,17 @@ typedef struct {
     void (*widen[3])(const void *from, float *to, long n);
     void (*narrow[3])(const float *from, void *to, long n);
 
+    /* Tile of a product of packed panels: c[r][j] (+)= sum over i < k of a[i][r] b[i][j], for r < rows <= outer_rows and
+     * all outer_columns; rows of c are `ldc` apart and up to outer_rows are written. Elements are float32, or with
+     * [1] pairs of bfloat16 that are neighbours along k, where `dot_bf16` is set. */
+    int outer_rows, outer_columns;
+    void (*outer[2])(const uint32_t *a, const uint32_t *b, int rows, long k, float *c, long ldc, int add);
+
+    /* packed[i][width] for k elements of 16 bits (`pairs`) or 32: either from `count` rows that run along k, or from one
+     * row for each k that begins `skip` bytes behind its address. Columns from `count` on are zero. */
+    void (*pack)(int pairs, int along_k, const char *const *rows, long skip, long k, long count, int width,
+                 uint32_t *packed);
+
     /* y += a * x. */
     void (*axpy)(float a, const float *x, float *y, long n);
 
@@ -44,6 +55,11 @@ typedef struct {
 
     /* h = act(gate) * up, or act(gate) if up is NULL. */
     void (*activate)(int activation, float alpha, float limit, const float *gate, const float *up, float *h, long n);
+
+    /* Of h = act(gate, up) and the gradient by h: replaces gate and up (may be NULL) by weight times their gradients,
+     * writes weight * h, and returns the dot product of h and its gradient. */
+    float (*activate_backward)(int activation, float alpha, float limit, float weight, const float *h_grad, float *gate,
+                               float *up, float *h, long n);
 } moesaic_isa;
 
 /* The best instruction set of this machine, or the one named by moesaic_choose_isa. */

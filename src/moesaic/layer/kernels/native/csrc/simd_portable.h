@@ -17,6 +17,7 @@ static inline vf vf_select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (
 static inline vf vf_min(vf a, vf b) { return vf_select(a < b, a, b); }
 static inline vf vf_max(vf a, vf b) { return vf_select(a > b, a, b); }
 static inline vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
+static inline vf vf_where_greater(vf a, vf b, vf v) { return vf_select(a > b, v, vf_zero()); }
 static inline vf vf_sign_of(vf magnitude, vf sign) {
     vi mask = (vi)vf_set(-0.0f);
     return (vf)((mask & (vi)sign) | (~mask & (vi)magnitude));

@@ -1,0 +1,131 @@
+#include "gemm.h"
+
+#include <string.h>
+
+#include "threads.h"
+
+enum {
+    K_UNITS = 256,        /* elements of 32 bits along k of a packed panel: one of B fills the first-level cache */
+    K_MOST = 2 * K_UNITS, /* bfloat16 comes in pairs; also the most rows of a block */
+    LINE = 64,
+};
+/* The forward pass has slot 0. */
+enum { SLOT_A = 1, SLOT_B, SLOT_C, SLOT_WIDE };
+
+typedef struct {
+    const moesaic_isa *isa;
+    int type, pairs; /* pairs: bfloat16 stays as it is; other 16-bit types are widened before they are packed */
+    long size;       /* of an element that is packed */
+} format;
+
+/* A block of one operand, ready to be packed. */
+typedef struct {
+    const char *rows[K_MOST];
+    long number, reach; /* rows, elements of each */
+} block;
+
+/* Addresses of rows [first, first + count) of the product, or of its k values [k, k + length). */
+static void find(const format *f, const moesaic_operand *operand, long first, long count, long k, long length, block *out) {
+    long size = moesaic_size_of(f->type), start = operand->first + (operand->along_k ? first : k);
+    const char *data = (const char *)operand->data + (operand->offset + (operand->along_k ? k : first)) * size;
+    out->number = operand->along_k ? count : length;
+    out->reach = operand->along_k ? length : count;
+    for (long i = 0; i < out->number; i++) {
+        long row = operand->pick ? operand->pick[start + i] / operand->top_k : start + i;
+        out->rows[i] = data + row * operand->stride;
+    }
+}
+
+/* Copies a block into `wide` as float32. */
+static void widen(const format *f, block *b, long skip, long reach, float *wide) {
+    for (long i = 0; i < b->number; i++) {
+        f->isa->widen[f->type](b->rows[i] + skip * moesaic_size_of(f->type), wide + i * reach, reach);
+        b->rows[i] = (const char *)(wide + i * reach);
+    }
+}
+
+/* Fetches rows [from, to) of the next panel of B while tiles compute: rows of a weight are pages apart. */
+static void fetch(const block *next, long skip, long bytes, long from, long to) {
+    for (long i = from; i < to; i++)
+        for (long byte = 0; byte < bytes; byte += LINE) __builtin_prefetch(next->rows[i] + skip + byte, 0, 2);
+}
+
+static long least(long a, long b) { return a < b ? a : b; }
+
+float *moesaic_product(int type, const moesaic_operand *a, long rows, const moesaic_operand *b, long columns, long k,
+                       long *ldc) {
+    const moesaic_isa *isa = moesaic_isa_now;
+    format f = {.isa = isa, .type = type, .pairs = type == MOESAIC_BF16 && isa->dot_bf16};
+    int widens = !f.pairs && type != MOESAIC_F32;
+    long size = moesaic_size_of(type), height = isa->outer_rows, width = isa->outer_columns;
+    long k_block = f.pairs ? K_MOST : K_UNITS;
+    f.size = widens ? 4 : size;
+    long tiles = (rows + height - 1) / height, panels = (columns + width - 1) / width;
+    *ldc = panels * width;
+    uint32_t *packed_a = moesaic_scratch(SLOT_A, tiles * height * K_UNITS * 4);
+    uint32_t *packed_b = moesaic_scratch(SLOT_B, width * K_UNITS * 4);
+    float *c = moesaic_scratch(SLOT_C, tiles * height * *ldc * (long)sizeof(float));
+    float *wide = widens ? moesaic_scratch(SLOT_WIDE, (tiles * height + width) * K_UNITS * (long)sizeof(float)) : 0;
+    if (!packed_a || !packed_b || !c || (widens && !wide)) return 0;
+    if (k == 0) memset(c, 0, (size_t)(tiles * height * *ldc) * sizeof(float));
+
+    block a_block, b_block, panel_block, later;
+    if (!b->along_k) find(&f, b, 0, columns, 0, least(k, k_block), &b_block);
+    for (long from = 0; from < k; from += k_block) {
+        long length = least(k - from, k_block), units = f.pairs ? (length + 1) / 2 : length;
+        find(&f, a, 0, rows, from, length, &a_block);
+        if (widens) widen(&f, &a_block, 0, a_block.reach, wide);
+        for (long tile = 0; tile < tiles; tile++) {
+            long first = tile * height, skip = a->along_k ? 0 : first * f.size;
+            isa->pack(f.pairs, a->along_k, a_block.rows + (a->along_k ? first : 0), skip, length, least(rows - first, height),
+                      (int)height, packed_a + first * units);
+        }
+        long after = least(k - from - length, k_block);
+        if (!b->along_k) find(&f, b, 0, columns, from + length, after, &later);
+        for (long panel = 0; panel < panels; panel++) {
+            long first = panel * width, count = least(columns - first, width), skip = first * size;
+            const block *from_block = &b_block;
+            if (b->along_k) {
+                find(&f, b, first, count, from, length, &panel_block);
+                if (widens) widen(&f, &panel_block, 0, length, wide + tiles * height * K_UNITS);
+                from_block = &panel_block;
+                skip = 0;
+            } else if (widens) {
+                panel_block = b_block;
+                widen(&f, &panel_block, first, count, wide + tiles * height * K_UNITS);
+                from_block = &panel_block;
+                skip = 0;
+            }
+            isa->pack(f.pairs, b->along_k, from_block->rows, skip, length, count, (int)width, packed_b);
+            int last = panel + 1 == panels;
+            const block *next = last ? &later : &b_block;
+            long fetched = b->along_k ? 0 : last ? after : length, next_skip = last ? 0 : (first + width) * size;
+            long bytes = least(columns - (last ? 0 : first + width), width) * size;
+            for (long tile = 0; tile < tiles; tile++) {
+                fetch(next, next_skip, bytes, tile * fetched / tiles, (tile + 1) * fetched / tiles);
+                isa->outer[f.pairs](packed_a + tile * height * units, packed_b, (int)least(rows - tile * height, height),
+                                    units, c + tile * height * *ldc + first, *ldc, from > 0);
+            }
+        }
+        b_block = later;
+    }
+    return c;
+}
+
+/* For tests and measurements: a whole product with one task, c[rows][columns] of float32. */
+long moesaic_gemm(int type, const moesaic_operand *a, long rows, const moesaic_operand *b, long columns, long k, float *c) {
+    for (long r = 0; r < rows; r += BLOCK_ROWS)
+        for (long j = 0; j < columns; j += BLOCK_COLUMNS) {
+            moesaic_operand left = *a, right = *b;
+            if (a->along_k) left.first += r;
+            else left.offset += r;
+            if (b->along_k) right.first += j;
+            else right.offset += j;
+            long ldc, height = least(rows - r, BLOCK_ROWS), width = least(columns - j, BLOCK_COLUMNS);
+            const float *block = moesaic_product(type, &left, height, &right, width, k, &ldc);
+            if (!block) return -1;
+            for (long i = 0; i < height; i++)
+                memcpy(c + (r + i) * columns + j, block + i * ldc, (size_t)width * sizeof(float));
+        }
+    return 0;
+}
