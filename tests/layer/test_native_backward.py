@@ -123,6 +123,31 @@ def test_more_rows_and_features_than_a_block_holds(dtype: torch.dtype) -> None:
     assert_equal_to_loop(weights, x_TD, index_TK, weight_TK)
 
 
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("count", [3, 200])
+@pytest.mark.parametrize("transposed", [(True, True), (True, False), (False, True)], ids=["both", "up", "down"])
+@pytest.mark.parametrize("activation", ["silu", "interleaved", "relu2"])
+def test_weights_stored_transposed(
+    isa: str, activation: str, transposed: tuple[bool, bool], count: int, dtype: torch.dtype
+) -> None:
+    """Output and gradients, for few rows and for many; gradients have the layout of the weights."""
+    plain = make_weights(ACTIVATIONS[activation], dtype)
+    up, down = (
+        weight.detach().mT.contiguous().mT.requires_grad_() if flip else weight
+        for weight, flip in zip((plain.up_NHD, plain.down_NDF), transposed, strict=True)
+    )
+    weights = ExpertWeights(up, down, plain.activate, plain.up_bias_NH, plain.down_bias_ND, fused=plain.fused)
+    inputs = make_input(count, dtype)
+    assert_equal_to_loop(weights, *inputs)
+    with torch.no_grad():
+        actual_TD, expected_TD = (run_experts(name, weights, *inputs) for name in ("native", "loop"))
+    atol = 8 * ROUNDING[dtype] * expected_TD.abs().max().item()
+    torch.testing.assert_close(actual_TD, expected_TD, rtol=0, atol=atol)
+    found = gradients("native", weights, *inputs)
+    assert found["up"].stride() == up.stride()
+    assert found["down"].stride() == down.stride()
+
+
 @pytest.mark.parametrize("picks", [[[N, N]] * 3, [[2, 2]] * 40, [[0, N]]], ids=["no_rows", "one_expert", "one_row"])
 def test_experts_without_rows_get_zero(picks: list[list[int]]) -> None:
     weights = make_weights(ACTIVATIONS["silu"], torch.float32)
@@ -260,6 +285,7 @@ class Operand(ctypes.Structure):
         ("top_k", ctypes.c_long),
         ("first", ctypes.c_long),
         ("offset", ctypes.c_long),
+        ("jump", ctypes.c_long),
         ("along_k", ctypes.c_int),
     )
 
@@ -271,7 +297,7 @@ def test_packed_product_equals_torch(isa: str, along: tuple[int, int], dtype: to
     generator = torch.Generator().manual_seed(0)
 
     def operand(matrix: Tensor, along_k: int) -> Operand:
-        return Operand(matrix.data_ptr(), matrix.stride(0) * matrix.element_size(), None, 1, 0, 0, along_k)
+        return Operand(matrix.data_ptr(), matrix.stride(0) * matrix.element_size(), None, 1, 0, 0, 0, along_k)
 
     for m, n, k in ((1, 1, 1), (5, 7, 3), (12, 32, 16), (13, 33, 257), (290, 515, 513), (37, 100, 1025)):
         a, b = torch.randn(m, k, generator=generator).to(dtype), torch.randn(k, n, generator=generator).to(dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moesaic.layer.kernels.native import library
-from moesaic.layer.kernels.native.call import experts_call, fresh, is_transposed, order, rows_of
+from moesaic.layer.kernels.native.call import experts_call, fresh, is_transposed, order, rows_of, weight_rows_of
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -57,7 +57,7 @@ def native_experts_backward(
     """The gradients that are needed, of (x, up, down, up_bias, down_bias, weight), in this order."""
     x_TD, index_TK, weight_TK = rows_of(x_TD), index_TK.contiguous(), weight_TK.contiguous()
     y_grad_TD = rows_of(y_grad_TD.to(x_TD.dtype))
-    up_NHD, down_NDF = (w if is_transposed(w) else rows_of(w) for w in (up_NHD, down_NDF))
+    up_NHD, down_NDF = weight_rows_of(up_NHD), weight_rows_of(down_NDF)
     x_needs, up_needs, down_needs, up_bias_needs, down_bias_needs, weight_needs = needs
     experts, hidden, _ = down_NDF.shape
     x_grad = torch.empty(x_TD.shape) if x_needs else None
@@ -85,8 +85,6 @@ def native_experts_backward(
     forward.saved_up = saved_SH.data_ptr()
     call = library.BackwardCall(
         forward,
-        is_transposed(up_NHD),
-        is_transposed(down_NDF),
         experts,
         y_grad_TD.data_ptr(),
         y_grad_TD.stride(0),

@@ -58,6 +58,11 @@ def rows_of(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def weight_rows_of(weight_NOI: Tensor) -> Tensor:
+    """A weight stored (out, in) or (in, out), whichever it is."""
+    return weight_NOI if is_transposed(weight_NOI) else rows_of(weight_NOI)
+
+
 def fresh(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An empty tensor, on huge pages if it is large: page faults of 4 KiB cost ten times what it takes to write it."""
     tensor = torch.empty(shape, dtype=dtype)
@@ -85,6 +90,8 @@ def experts_call(
         activation,
         gated,
         interleaved,
+        is_transposed(up_NHD),
+        is_transposed(down_NDF),
         alpha,
         limit,
         torch.get_num_threads(),

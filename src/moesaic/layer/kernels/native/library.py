@@ -34,6 +34,8 @@ class ExpertsCall(ctypes.Structure):
         ("activation", c_int32),
         ("gated", c_int32),
         ("interleaved", c_int32),
+        ("up_transposed", c_int32),
+        ("down_transposed", c_int32),
         ("alpha", c_float),
         ("limit", c_float),
         ("threads", c_int64),
@@ -68,8 +70,6 @@ class BackwardCall(ctypes.Structure):
 
     _fields_ = (
         ("forward", ExpertsCall),
-        ("up_transposed", c_int32),
-        ("down_transposed", c_int32),
         ("num_experts", c_int64),
         ("y_grad", c_void_p),
         ("y_grad_stride", c_int64),
@@ -95,8 +95,9 @@ def load() -> ctypes.CDLL | None:
     library.moesaic_use_openmp.argtypes, library.moesaic_use_openmp.restype = [c_void_p], None
     library.moesaic_order.argtypes = [c_void_p, c_long, c_long, c_void_p, c_void_p, c_void_p]
     library.moesaic_order.restype = c_long
-    library.moesaic_experts_forward.argtypes = [POINTER(ExpertsCall)]
-    library.moesaic_experts_forward.restype = c_long
+    for way in ("", "_packed", "_streamed"):
+        forward = getattr(library, f"moesaic_experts_forward{way}")
+        forward.argtypes, forward.restype = [POINTER(ExpertsCall)], c_long
     library.moesaic_experts_backward.argtypes = [POINTER(BackwardCall)]
     library.moesaic_experts_backward.restype = c_long
     library.moesaic_huge_pages.argtypes, library.moesaic_huge_pages.restype = [c_void_p, c_long], None

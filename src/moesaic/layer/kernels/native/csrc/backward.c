@@ -11,23 +11,18 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "gemm.h"
-#include "isa.h"
 #include "memory.h"
+#include "packed.h"
 #include "threads.h"
-
-typedef struct {
-    long expert, start, end;
-} segment;
 
 typedef struct {
     const moesaic_backward *in;
     const moesaic_experts *forward;
     const moesaic_isa *isa;
     long size, halves, rows, up_width;
-    const segment *blocks; /* rows of one expert, at most BLOCK_ROWS */
+    const moesaic_segment *blocks; /* rows of one expert, at most BLOCK_ROWS */
     long num_blocks;
-    const segment *experts; /* all of them */
+    const moesaic_segment *experts; /* all of them */
     long f_blocks;          /* of the first step */
     float *parts;           /* [f_blocks][rows], dw of each */
     char *u_grad, *weighted;
@@ -36,24 +31,6 @@ typedef struct {
 } pass;
 
 enum { SLOT_VALUES = 5 };
-
-static long least(long a, long b) { return a < b ? a : b; }
-static long parts_of(long n, long part) { return (n + part - 1) / part; }
-
-/* Rows of the tokens' picks, in expert order. */
-static moesaic_operand gathered(const pass *p, const void *data, long stride, long first, int along_k, long offset) {
-    return (moesaic_operand){.data = data, .stride = stride * p->size, .pick = p->forward->pick, .top_k = p->forward->top_k,
-                             .first = first, .offset = offset, .along_k = along_k};
-}
-static moesaic_operand plain(const pass *p, const void *data, long stride, long first, int along_k, long offset) {
-    return (moesaic_operand){.data = data, .stride = stride * p->size, .first = first, .offset = offset, .along_k = along_k};
-}
-/* A weight as the right operand whose columns begin at `column` of its input side. */
-static moesaic_operand weight(const pass *p, const void *data, long expert_stride, long stride, long expert, int transposed,
-                              long column) {
-    const char *start = (const char *)data + expert * expert_stride * p->size;
-    return transposed ? plain(p, start, stride, column, 1, 0) : plain(p, start, stride, 0, 0, column);
-}
 
 /* Gate and up of one row as float32, features [f, f + n), from or to a row of the first projection. */
 static void split(const pass *p, const char *row, long f, long n, float *gate, float *up, float *both) {
@@ -87,10 +64,10 @@ static void activation_task(void *context, long task, int worker) {
     pass *p = context;
     const moesaic_backward *in = p->in;
     const moesaic_experts *e = p->forward;
-    const segment *block = &p->blocks[task / p->f_blocks];
+    const moesaic_segment *block = &p->blocks[task / p->f_blocks];
     long part = task % p->f_blocks, f = part * BLOCK_COLUMNS, n = least(e->width - f, BLOCK_COLUMNS), ldc;
-    moesaic_operand a = gathered(p, in->y_grad, in->y_grad_stride, block->start, 1, 0);
-    moesaic_operand b = weight(p, e->down, e->down_expert_stride, e->down_row_stride, block->expert, in->down_transposed, f);
+    moesaic_operand a = moesaic_picked(e, in->y_grad, in->y_grad_stride, block->start, 1);
+    moesaic_operand b = moesaic_inputs(e, e->down, e->down_expert_stride, e->down_row_stride, block->expert, e->down_transposed, f);
     const float *c = moesaic_product(e->type, &a, block->end - block->start, &b, n, e->hidden, &ldc);
     float *values = moesaic_scratch(SLOT_VALUES, 6 * BLOCK_COLUMNS * (long)sizeof(float));
     if (!c || !values) {
@@ -114,7 +91,7 @@ static void sums_task(void *context, long task, int worker) {
     pass *p = context;
     const moesaic_backward *in = p->in;
     const moesaic_experts *e = p->forward;
-    const segment *expert = &p->experts[task];
+    const moesaic_segment *expert = &p->experts[task];
     long longest = e->hidden > p->up_width ? e->hidden : p->up_width;
     float *value = moesaic_scratch(SLOT_VALUES, 2 * longest * (long)sizeof(float)), *bias = value + longest;
     if (!value) {
@@ -148,7 +125,7 @@ static void sums_task(void *context, long task, int worker) {
 }
 
 /* One block of the gradient of an expert's weight, left^T right over the expert's rows; (height, width) is stored. */
-static void weight_grad_block(pass *p, moesaic_operand left, moesaic_operand right, const segment *expert, long height,
+static void weight_grad_block(pass *p, moesaic_operand left, moesaic_operand right, const moesaic_segment *expert, long height,
                               long width, long block, char *grad) {
     long across = parts_of(width, BLOCK_COLUMNS), i = block / across * BLOCK_ROWS, j = block % across * BLOCK_COLUMNS;
     long rows = least(height - i, BLOCK_ROWS), columns = least(width - j, BLOCK_COLUMNS), ldc;
@@ -175,12 +152,12 @@ static void down_grad_task(void *context, long task, int worker) {
     (void)worker;
     pass *p = context;
     const moesaic_experts *e = p->forward;
-    int transposed = p->in->down_transposed;
+    int transposed = p->forward->down_transposed;
     long height = transposed ? e->width : e->hidden, width = transposed ? e->hidden : e->width;
     long blocks = weight_grad_blocks(height, width);
-    const segment *expert = &p->experts[task / blocks];
-    moesaic_operand out = gathered(p, p->in->y_grad, p->in->y_grad_stride, expert->start, 0, 0);
-    moesaic_operand in = plain(p, p->weighted, e->width, expert->start, 0, 0);
+    const moesaic_segment *expert = &p->experts[task / blocks];
+    moesaic_operand out = moesaic_picked(e, p->in->y_grad, p->in->y_grad_stride, expert->start, 0);
+    moesaic_operand in = moesaic_plain(e, p->weighted, e->width, expert->start, 0, 0);
     weight_grad_block(p, transposed ? in : out, transposed ? out : in, expert, height, width, task % blocks,
                       p->in->down_grad);
 }
@@ -189,12 +166,12 @@ static void up_grad_task(void *context, long task, int worker) {
     (void)worker;
     pass *p = context;
     const moesaic_experts *e = p->forward;
-    int transposed = p->in->up_transposed;
+    int transposed = p->forward->up_transposed;
     long height = transposed ? e->hidden : p->up_width, width = transposed ? p->up_width : e->hidden;
     long blocks = weight_grad_blocks(height, width);
-    const segment *expert = &p->experts[task / blocks];
-    moesaic_operand out = plain(p, p->u_grad, p->up_width, expert->start, 0, 0);
-    moesaic_operand in = gathered(p, e->x, e->x_stride, expert->start, 0, 0);
+    const moesaic_segment *expert = &p->experts[task / blocks];
+    moesaic_operand out = moesaic_plain(e, p->u_grad, p->up_width, expert->start, 0, 0);
+    moesaic_operand in = moesaic_picked(e, e->x, e->x_stride, expert->start, 0);
     weight_grad_block(p, transposed ? in : out, transposed ? out : in, expert, height, width, task % blocks, p->in->up_grad);
 }
 
@@ -205,10 +182,10 @@ static void x_grad_task(void *context, long task, int worker) {
     const moesaic_experts *e = p->forward;
     long d = task * p->columns, n = least(e->hidden - d, p->columns);
     for (long t = 0; t < e->tokens; t++) memset(p->in->x_grad + t * e->hidden + d, 0, (size_t)n * sizeof(float));
-    for (const segment *block = p->blocks; block < p->blocks + p->num_blocks; block++) {
+    for (const moesaic_segment *block = p->blocks; block < p->blocks + p->num_blocks; block++) {
         long ldc;
-        moesaic_operand a = plain(p, p->u_grad, p->up_width, block->start, 1, 0);
-        moesaic_operand b = weight(p, e->up, e->up_expert_stride, e->up_row_stride, block->expert, p->in->up_transposed, d);
+        moesaic_operand a = moesaic_plain(e, p->u_grad, p->up_width, block->start, 1, 0);
+        moesaic_operand b = moesaic_inputs(e, e->up, e->up_expert_stride, e->up_row_stride, block->expert, p->forward->up_transposed, d);
         const float *c = moesaic_product(e->type, &a, block->end - block->start, &b, n, p->up_width, &ldc);
         if (!c) {
             p->failed = 1;
@@ -219,22 +196,11 @@ static void x_grad_task(void *context, long task, int worker) {
     }
 }
 
-/* Fills the blocks of rows and the rows of every expert. */
-static void cut(pass *p, segment *blocks, segment *experts) {
-    const moesaic_experts *e = p->forward;
-    for (long i = 0; i < p->in->num_experts; i++) experts[i] = (segment){i, 0, 0};
-    long start = 0;
-    for (long group = 0; group < e->num_groups; group++) {
-        /* Blocks of equal height: a last block of one row would read all weights for it. */
-        long end = e->row_end[group], parts = parts_of(end - start, BLOCK_ROWS);
-        experts[e->expert[group]] = (segment){e->expert[group], start, end};
-        for (long part = 0; part < parts; part++)
-            blocks[p->num_blocks++] = (segment){e->expert[group], start + (end - start) * part / parts,
-                                                start + (end - start) * (part + 1) / parts};
-        start = end;
-    }
-    p->blocks = blocks;
-    p->experts = experts;
+/* The rows of every expert. */
+static void find_experts(const moesaic_experts *e, long num_experts, moesaic_segment *experts) {
+    for (long i = 0; i < num_experts; i++) experts[i] = (moesaic_segment){i, 0, 0};
+    for (long group = 0, start = 0; group < e->num_groups; start = e->row_end[group++])
+        experts[e->expert[group]] = (moesaic_segment){e->expert[group], start, e->row_end[group]};
 }
 
 static void run(pass *p) {
@@ -244,20 +210,17 @@ static void run(pass *p) {
     if (p->parts) moesaic_parallel(threads, p->num_blocks * p->f_blocks, activation_task, p);
     if (in->weight_grad || in->down_bias_grad || in->up_bias_grad) moesaic_parallel(threads, in->num_experts, sums_task, p);
     if (in->down_grad)
-        moesaic_parallel(threads, in->num_experts * weight_grad_blocks(in->down_transposed ? e->width : e->hidden,
-                                                                       in->down_transposed ? e->hidden : e->width),
+        moesaic_parallel(threads, in->num_experts * weight_grad_blocks(e->down_transposed ? e->width : e->hidden,
+                                                                       e->down_transposed ? e->hidden : e->width),
                          down_grad_task, p);
     free(p->weighted);
     p->weighted = 0;
     if (in->up_grad)
-        moesaic_parallel(threads, in->num_experts * weight_grad_blocks(in->up_transposed ? e->hidden : p->up_width,
-                                                                       in->up_transposed ? p->up_width : e->hidden),
+        moesaic_parallel(threads, in->num_experts * weight_grad_blocks(e->up_transposed ? e->hidden : p->up_width,
+                                                                       e->up_transposed ? p->up_width : e->hidden),
                          up_grad_task, p);
     if (in->x_grad) {
-        /* Two tasks for each thread: the sums of a column don't depend on which task they are in. */
-        long width = p->isa->outer_columns;
-        p->columns = parts_of(parts_of(e->hidden, 2 * threads), width) * width;
-        if (p->columns > BLOCK_COLUMNS) p->columns = BLOCK_COLUMNS;
+        p->columns = moesaic_columns(e, p->isa);
         moesaic_parallel(threads, parts_of(e->hidden, p->columns), x_grad_task, p);
     }
 }
@@ -270,14 +233,17 @@ long moesaic_experts_backward(const moesaic_backward *in) {
     p.f_blocks = parts_of(e->width, BLOCK_COLUMNS);
     int needs_u = in->x_grad || in->up_grad || in->up_bias_grad, needs_v = in->down_grad != 0;
     int first_step = needs_u || needs_v || in->weight_grad;
-    segment *blocks = malloc((size_t)(e->num_groups + p.rows / BLOCK_ROWS + 1) * sizeof *blocks);
-    segment *experts = malloc((size_t)in->num_experts * sizeof *experts);
+    moesaic_segment *blocks = malloc((size_t)moesaic_blocks_most(e) * sizeof *blocks);
+    moesaic_segment *experts = malloc((size_t)in->num_experts * sizeof *experts);
     p.failed = !blocks || !experts;
     if (needs_u) p.failed |= !(p.u_grad = moesaic_allocate(p.rows * p.up_width * p.size + 1));
     if (needs_v) p.failed |= !(p.weighted = moesaic_allocate(p.rows * e->width * p.size + 1));
     if (first_step) p.failed |= !(p.parts = malloc((size_t)(p.f_blocks * p.rows + 1) * sizeof(float)));
     if (!p.failed) {
-        cut(&p, blocks, experts);
+        find_experts(e, in->num_experts, experts);
+        p.num_blocks = moesaic_cut(e, BLOCK_ROWS, blocks);
+        p.blocks = blocks;
+        p.experts = experts;
         run(&p);
     }
     free(blocks), free(experts), free(p.u_grad), free(p.weighted), free(p.parts);

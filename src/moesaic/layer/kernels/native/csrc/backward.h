@@ -4,10 +4,9 @@
 #include "experts.h"
 
 /* Gradients of packed experts. Mirrored field by field in library.py. Strides are in elements. Every output may be NULL
- * and is then not computed. Weights and their gradients are (out, in), or (in, out) where `transposed` is set. */
+ * and is then not computed. Gradients of weights have the layout of the weights. */
 typedef struct {
     moesaic_experts forward; /* saved_up is read; y, threads and the rest as in the forward pass */
-    int32_t up_transposed, down_transposed;
     int64_t num_experts;
     const void *y_grad;      /* [tokens, hidden] of the type */
     int64_t y_grad_stride;

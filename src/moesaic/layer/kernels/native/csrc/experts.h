@@ -11,6 +11,7 @@ typedef struct {
     int32_t type;       /* of x, weights and biases */
     int32_t activation;
     int32_t gated, interleaved;
+    int32_t up_transposed, down_transposed; /* stored (in, out), not (out, in): a stored row holds all outputs of one input */
     float alpha, limit; /* of the clamped SwiGLU */
     int64_t threads;
     int64_t tokens, top_k, hidden, width;
@@ -32,5 +33,11 @@ typedef struct {
     void *saved_up;     /* [rows, 2 * width or width] of the type, or NULL */
     float *y;           /* [tokens, hidden] */
 } moesaic_experts;
+
+/* All need at least one row, and give 0, or -1 without memory. The first needs weights that are stored (out, in), the last
+ * weights that are stored (in, out). */
+long moesaic_experts_forward(const moesaic_experts *in);
+long moesaic_experts_forward_packed(const moesaic_experts *in);
+long moesaic_experts_forward_streamed(const moesaic_experts *in);
 
 #endif

@@ -50,7 +50,15 @@ static void fetch(const block *next, long skip, long bytes, long from, long to) 
         for (long byte = 0; byte < bytes; byte += LINE) __builtin_prefetch(next->rows[i] + skip + byte, 0, 2);
 }
 
-static long least(long a, long b) { return a < b ? a : b; }
+typedef struct {
+    long first, count;
+} stretch;
+
+/* Which columns of B a panel holds, `each` panels for each set of columns. */
+static stretch place(const moesaic_operand *b, long panel, long each, long width, long columns) {
+    long first = panel % each * width;
+    return (stretch){first + panel / each * b->jump, least(columns - first, width)};
+}
 
 float *moesaic_product(int type, const moesaic_operand *a, long rows, const moesaic_operand *b, long columns, long k,
                        long *ldc) {
@@ -60,7 +68,7 @@ float *moesaic_product(int type, const moesaic_operand *a, long rows, const moes
     long size = moesaic_size_of(type), height = isa->outer_rows, width = isa->outer_columns;
     long k_block = f.pairs ? K_MOST : K_UNITS;
     f.size = widens ? 4 : size;
-    long tiles = (rows + height - 1) / height, panels = (columns + width - 1) / width;
+    long tiles = (rows + height - 1) / height, each = (columns + width - 1) / width, panels = b->jump ? 2 * each : each;
     *ldc = panels * width;
     uint32_t *packed_a = moesaic_scratch(SLOT_A, tiles * height * K_UNITS * 4);
     uint32_t *packed_b = moesaic_scratch(SLOT_B, width * K_UNITS * 4);
@@ -83,28 +91,25 @@ float *moesaic_product(int type, const moesaic_operand *a, long rows, const moes
         long after = least(k - from - length, k_block);
         if (!b->along_k) find(&f, b, 0, columns, from + length, after, &later);
         for (long panel = 0; panel < panels; panel++) {
-            long first = panel * width, count = least(columns - first, width), skip = first * size;
-            const block *from_block = &b_block;
-            if (b->along_k) {
-                find(&f, b, first, count, from, length, &panel_block);
-                if (widens) widen(&f, &panel_block, 0, length, wide + tiles * height * K_UNITS);
-                from_block = &panel_block;
-                skip = 0;
-            } else if (widens) {
-                panel_block = b_block;
-                widen(&f, &panel_block, first, count, wide + tiles * height * K_UNITS);
-                from_block = &panel_block;
+            stretch now = place(b, panel, each, width, columns), next = place(b, (panel + 1) % panels, each, width, columns);
+            const block *source = &b_block;
+            long skip = now.first * size;
+            if (b->along_k || widens) {
+                float *room = wide + tiles * height * K_UNITS;
+                source = &panel_block;
+                if (b->along_k) find(&f, b, now.first, now.count, from, length, &panel_block);
+                else panel_block = b_block;
+                if (widens) widen(&f, &panel_block, b->along_k ? 0 : now.first, b->along_k ? length : now.count, room);
                 skip = 0;
             }
-            isa->pack(f.pairs, b->along_k, from_block->rows, skip, length, count, (int)width, packed_b);
+            isa->pack(f.pairs, b->along_k, source->rows, skip, length, now.count, (int)width, packed_b);
             int last = panel + 1 == panels;
-            const block *next = last ? &later : &b_block;
-            long fetched = b->along_k ? 0 : last ? after : length, next_skip = last ? 0 : (first + width) * size;
-            long bytes = least(columns - (last ? 0 : first + width), width) * size;
+            long fetched = b->along_k ? 0 : last ? after : length;
             for (long tile = 0; tile < tiles; tile++) {
-                fetch(next, next_skip, bytes, tile * fetched / tiles, (tile + 1) * fetched / tiles);
+                fetch(last ? &later : &b_block, next.first * size, next.count * size, tile * fetched / tiles,
+                      (tile + 1) * fetched / tiles);
                 isa->outer[f.pairs](packed_a + tile * height * units, packed_b, (int)least(rows - tile * height, height),
-                                    units, c + tile * height * *ldc + first, *ldc, from > 0);
+                                    units, c + tile * height * *ldc + panel * width, *ldc, from > 0);
             }
         }
         b_block = later;

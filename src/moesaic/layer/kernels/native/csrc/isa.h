@@ -10,6 +10,9 @@ enum { MOESAIC_F32 = 0, MOESAIC_BF16 = 1, MOESAIC_F16 = 2 };
 /* Register tile of the dot-product kernel: rows of x times rows of a weight. */
 enum { TILE_ROWS = 6, TILE_OUT = 4 };
 
+/* Most rows of a product that streams weights: their sums stay in the first-level cache. */
+enum { STREAM_MOST = 16 };
+
 /* What happens between the two projections. */
 enum {
     ACT_SILU = 0,
@@ -43,6 +46,10 @@ typedef struct {
      * row for each k that begins `skip` bytes behind its address. Columns from `count` on are zero. */
     void (*pack)(int pairs, int along_k, const char *const *rows, long skip, long k, long count, int width,
                  uint32_t *packed);
+
+    /* c[r][j] += sum over i < k of x[r][i] w[i * stride + j], for r < rows <= STREAM_MOST and j < n; rows of c are `ldc`
+     * apart. Weights have the given type. */
+    void (*stream[3])(const float *const *x, int rows, const void *w, long stride, long k, float *c, long ldc, long n);
 
     /* y += a * x. */
     void (*axpy)(float a, const float *x, float *y, long n);
