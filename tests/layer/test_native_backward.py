@@ -262,8 +262,7 @@ def test_compiled_gradients_are_the_same() -> None:
 @pytest.mark.parametrize("fused", [ACTIVATIONS["silu"], ACTIVATIONS["interleaved"]], ids=["silu", "interleaved"])
 def test_op_passes_torch_opcheck(fused: FusedActivation) -> None:
     weights = make_weights(fused, torch.float32)
-    x_TD, _, weight_TK = make_input(4, torch.float32)
-    index_TK = torch.tensor([[0, 3], [3, 1], [1, 0], [3, 4]])  # rows of no expert are saved as they are found
+    x_TD, index_TK, weight_TK = make_input(6, torch.float32)
     tensors = (x_TD, weights.up_NHD, weights.down_NDF, weights.up_bias_NH, weights.down_bias_ND, index_TK, weight_TK)
     code = (5, True, fused.interleaved, 1.702, 0.5)
     torch.library.opcheck(torch.ops.moesaic.native_experts.default, (*tensors, *code, True))

@@ -84,6 +84,7 @@ def _forward(
     up_NHD, down_NDF = weight_rows_of(up_NHD), weight_rows_of(down_NDF)
     saved_SH = fresh((index_TK.numel() if save_up else 0, up_NHD.shape[1]), x_TD.dtype)
     ordered = order(index_TK, up_NHD.shape[0])
+    saved_SH[ordered.rows :] = 0
     if ordered.rows == 0:
         return torch.zeros_like(x_TD), saved_SH
     y_TD = torch.empty(x_TD.shape)
