@@ -163,5 +163,5 @@ def test_a_norm_behind_each_expert_is_refused_with_a_remedy() -> None:
     config = MuseSparkTextConfig(num_local_experts=2, moe_hidden_size=8, moe_intermediate_size=8)
     config._experts_implementation = "moesaic"
     experts = MuseSparkExperts(config)
-    with pytest.raises(UnsupportedKernel, match=r"MuseSparkExperts .*grouped_mm"):
+    with pytest.raises(UnsupportedKernel, match=r"MuseSparkExperts\.has_post_expert_norm.*grouped_mm"):
         experts(torch.ones(1, 8), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))

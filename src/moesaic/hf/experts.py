@@ -88,13 +88,9 @@ def moesaic_experts_forward(module, hidden_TD: Tensor, index_TK: Tensor, weight_
     Raises:
         UnsupportedKernel: if the module does something between or after the projections that kernels don't know.
     """
-    if getattr(module, "has_post_expert_norm", False):
-        raise UnsupportedKernel(
-            f'{type(module).__name__} normalises each expert\'s output; use experts_implementation="grouped_mm"'
-        )
     may_skip = module.may_skip if isinstance(module, Experts) else may_pick_no_expert(module)
     return run_experts(
-        getattr(module, "kernel", "auto"),
+        vars(module).get("kernel", "auto"),
         ExpertWeights.of(module),
         hidden_TD,
         index_TK,

@@ -84,8 +84,10 @@ def recognise(module: Any) -> FusedActivation | None:
 
     A module can say it itself with an attribute `fused_activation`, as ours do.
     """
-    if hasattr(module, "fused_activation"):
-        return module.fused_activation
+    # Not getattr: a module that lacks the attribute would look through its parameters and raise, at each token.
+    own = vars(module)
+    if "fused_activation" in own:
+        return own["fused_activation"]
     if module.has_gate:
         gate_name = _gate_name(type(module))
         if gate_name in _CLAMPED:
@@ -94,7 +96,7 @@ def recognise(module: Any) -> FusedActivation | None:
                 "clamped_swiglu", True, interleaved, float(getattr(module, alpha)), float(getattr(module, limit))
             )
         # An own gate may do anything. The default one splits in halves.
-        if gate_name != _DEFAULT_GATE or "_apply_gate" in vars(module):
+        if gate_name != _DEFAULT_GATE or "_apply_gate" in own:
             return None
     name = _BY_CLASS.get(type(module.act_fn).__name__)
     return None if name is None else FusedActivation(name, bool(module.has_gate))
