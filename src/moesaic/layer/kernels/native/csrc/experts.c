@@ -5,14 +5,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "isa.h"
+#include "dots.h"
 #include "threads.h"
 
-enum {
-    CHUNK = 64,              /* outputs of one task */
-    K_BLOCK = 4096,          /* bytes of a row that one tile runs over: 10 rows of it stay in the first-level cache */
-    ROWS_BYTES = 256 * 1024, /* rows of x that are held in the second-level cache while weights pass by */
-};
+enum { CHUNK = 128 /* most features or outputs of one task */ };
 
 typedef struct {
     long expert, start, end;
@@ -28,27 +24,14 @@ typedef struct {
     char *h;
     long h_stride;       /* in bytes */
     int x_type;
-    long down_chunk;     /* outputs of one task of the second projection */
+    long up_chunk;       /* features of one task of the first projection */
+    long down_chunk;     /* outputs of one task of the second */
 } pass;
 
-/* c[rows][ldc] += x . w over whole rows, in tiles that respect the caches. */
-static void dots(const moesaic_isa *isa, int type, int x_type, const void *const *x, long rows, const void *const *w,
-                 long out, long k, float *c, long ldc) {
-    long x_size = moesaic_size_of(x_type), w_size = moesaic_size_of(type), k_block = K_BLOCK / x_size;
-    for (long o = 0; o < out; o += TILE_OUT) {
-        int outs = (int)(out - o < TILE_OUT ? out - o : TILE_OUT);
-        for (long first = 0; first < k; first += k_block) {
-            long length = k - first < k_block ? k - first : k_block;
-            const void *w_part[TILE_OUT];
-            for (int i = 0; i < outs; i++) w_part[i] = (const char *)w[o + i] + first * w_size;
-            for (long r = 0; r < rows; r += TILE_ROWS) {
-                int count = (int)(rows - r < TILE_ROWS ? rows - r : TILE_ROWS);
-                const void *x_part[TILE_ROWS];
-                for (int i = 0; i < count; i++) x_part[i] = (const char *)x[r + i] + first * x_size;
-                isa->dot[type](x_part, w_part, count, outs, length, c + r * ldc + o, ldc);
-            }
-        }
-    }
+/* Which row of the first projection stands at place `i` of a task that has `features` gates and then as many ups. */
+static long row_of(const moesaic_experts *in, long f, long features, long i) {
+    long half = i / features, feature = f + i % features;
+    return in->interleaved ? 2 * feature + half : half * in->width + feature;
 }
 
 /* The first projection and the activation for one block of rows and up to CHUNK features. */
@@ -57,32 +40,29 @@ static void up_task(void *context, long task, int worker) {
     const pass *p = context;
     const moesaic_experts *in = p->in;
     const moesaic_isa *isa = p->isa;
-    long chunks = (in->width + CHUNK - 1) / CHUNK;
+    long chunks = (in->width + p->up_chunk - 1) / p->up_chunk;
     const segment *block = &p->blocks[task / chunks];
-    long f = task % chunks * CHUNK;
-    long features = in->width - f < CHUNK ? in->width - f : CHUNK;
+    long f = task % chunks * p->up_chunk;
+    long features = in->width - f < p->up_chunk ? in->width - f : p->up_chunk;
     long rows = block->end - block->start, size = moesaic_size_of(in->type), halves = in->gated ? 2 : 1;
 
-    const void *x[ROWS_MOST], *w[2 * CHUNK];
-    for (long r = 0; r < rows; r++)
-        x[r] = p->x + in->pick[block->start + r] / in->top_k * p->x_stride;
-    const char *up = (const char *)in->up + block->expert * in->up_expert_stride * size;
-    long feature[2 * CHUNK];
-    for (long half = 0; half < halves; half++)
-        for (long i = 0; i < features; i++) {
-            long row = in->interleaved ? 2 * (f + i) + half : half * in->width + f + i;
-            feature[half * features + i] = row;
-            w[half * features + i] = up + row * in->up_row_stride * size;
-        }
-    long outs = halves * features;
+    moesaic_rows x = {.rows = rows, .k = in->hidden, .type = p->x_type};
+    for (long r = 0; r < rows; r++) x.row[r] = p->x + in->pick[block->start + r] / in->top_k * p->x_stride;
+    moesaic_rows_prepare(&x);
+    long outs = halves * features, stride = in->up_row_stride * size;
+    /* Gate and up alternate, or one follows the other. */
+    long step = in->interleaved ? 2 * stride : stride, apart = in->interleaved ? stride : in->width * stride;
+    const char *up = (const char *)in->up + block->expert * in->up_expert_stride * size + f * step;
     float *c = moesaic_scratch(0, rows * outs * (long)sizeof(float));
     memset(c, 0, (size_t)(rows * outs) * sizeof(float));
-    dots(isa, in->type, p->x_type, x, rows, w, outs, in->hidden, c, outs);
+    for (long half = 0; half < halves; half++)
+        moesaic_dots(isa, in->type, &x, up + half * apart, step, features, half + 1 < halves ? up + apart : NULL,
+                     c + half * features, outs);
 
     float bias[2 * CHUNK], value[CHUNK];
     if (in->up_bias)
         for (long i = 0; i < outs; i++)
-            isa->widen[in->type]((const char *)in->up_bias + (block->expert * in->up_bias_stride + feature[i]) * size,
+            isa->widen[in->type]((const char *)in->up_bias + (block->expert * in->up_bias_stride + row_of(in, f, features, i)) * size,
                                  bias + i, 1);
     for (long r = 0; r < rows; r++) {
         float *gate = c + r * outs;
@@ -90,7 +70,7 @@ static void up_task(void *context, long task, int worker) {
         if (in->saved_up) {
             char *saved = (char *)in->saved_up + (block->start + r) * halves * in->width * size;
             if (in->interleaved)
-                for (long i = 0; i < outs; i++) isa->narrow[in->type](gate + i, saved + feature[i] * size, 1);
+                for (long i = 0; i < outs; i++) isa->narrow[in->type](gate + i, saved + row_of(in, f, features, i) * size, 1);
             else
                 for (long half = 0; half < halves; half++)
                     isa->narrow[in->type](gate + half * features, saved + (half * in->width + f) * size, features);
@@ -113,14 +93,16 @@ static void down_task(void *context, long task, int worker) {
     for (long t = 0; t < in->tokens; t++) memset(in->y + t * in->hidden + d, 0, (size_t)outs * sizeof(float));
     for (const segment *block = p->blocks; block < p->blocks + p->num_blocks; block++) {
         long rows = block->end - block->start;
-        const void *x[ROWS_MOST], *w[CHUNK];
-        for (long r = 0; r < rows; r++) x[r] = p->h + (block->start + r) * p->h_stride;
-        const char *down = (const char *)in->down + block->expert * in->down_expert_stride * size;
-        for (long i = 0; i < outs; i++) w[i] = down + (d + i) * in->down_row_stride * size;
+        moesaic_rows x = {.rows = rows, .k = in->width, .type = p->x_type};
+        for (long r = 0; r < rows; r++) x.row[r] = p->h + (block->start + r) * p->h_stride;
+        moesaic_rows_prepare(&x);
+        const char *first = (const char *)in->down + d * in->down_row_stride * size;
+        const char *down = first + block->expert * in->down_expert_stride * size, *after = NULL;
+        if (block + 1 < p->blocks + p->num_blocks) after = first + block[1].expert * in->down_expert_stride * size;
         float *c = moesaic_scratch(0, rows * outs * (long)sizeof(float));
         float bias[CHUNK];
         memset(c, 0, (size_t)(rows * outs) * sizeof(float));
-        dots(isa, in->type, p->x_type, x, rows, w, outs, in->width, c, outs);
+        moesaic_dots(isa, in->type, &x, down, in->down_row_stride * size, outs, after, c, outs);
         if (in->down_bias) {
             const char *biases = (const char *)in->down_bias + (block->expert * in->down_bias_stride + d) * size;
             isa->widen[in->type](biases, bias, outs);
@@ -140,17 +122,18 @@ static void widen_task(void *context, long task, int worker) {
     p->isa->widen[p->in->type](row, (float *)(p->x + task * p->x_stride), p->in->hidden);
 }
 
+/* Outputs of one task: enough tasks that the slowest does not set the time, none smaller than two tiles. */
+static long chunk_of(long outputs, long blocks, long threads) {
+    long chunk = CHUNK;
+    while (chunk > 2 * TILE_OUT && blocks * outputs < 4 * threads * chunk) chunk /= 2;
+    return chunk;
+}
+
 long moesaic_experts_forward(const moesaic_experts *in) {
     const moesaic_isa *isa = moesaic_isa_now;
-    pass p = {.in = in, .isa = isa, .x_type = in->type == MOESAIC_BF16 && isa->dot_bf16 ? MOESAIC_BF16 : MOESAIC_F32};
+    pass p = {.in = in, .isa = isa, .x_type = moesaic_type_of_x(isa, in->type)};
     long x_size = moesaic_size_of(p.x_type), longest = in->hidden > in->width ? in->hidden : in->width;
-    long most = ROWS_BYTES / (longest * x_size) / TILE_ROWS * TILE_ROWS;
-    if (most < TILE_ROWS) most = TILE_ROWS;
-    if (most > ROWS_MOST) most = ROWS_MOST;
-
-    /* Two tasks or more for each thread, so that the slowest does not set the time. */
-    p.down_chunk = CHUNK;
-    while (p.down_chunk > 2 * TILE_OUT && in->hidden / p.down_chunk < 2 * in->threads) p.down_chunk /= 2;
+    long most = moesaic_rows_at_once(longest, p.x_type);
 
     long rows = in->row_end[in->num_groups - 1];
     long block_bound = in->num_groups + rows / most + 1;
@@ -173,6 +156,8 @@ long moesaic_experts_forward(const moesaic_experts *in) {
         start = end;
     }
     p.blocks = blocks;
+    p.up_chunk = chunk_of(in->width, p.num_blocks, in->threads);
+    p.down_chunk = chunk_of(in->hidden, 1, in->threads);
     p.x = in->x;
     p.x_stride = in->x_stride * moesaic_size_of(in->type);
     if (wide) {
@@ -180,7 +165,7 @@ long moesaic_experts_forward(const moesaic_experts *in) {
         p.x_stride = in->hidden * (long)sizeof(float);
         moesaic_parallel(in->threads, in->tokens, widen_task, &p);
     }
-    moesaic_parallel(in->threads, p.num_blocks * ((in->width + CHUNK - 1) / CHUNK), up_task, &p);
+    moesaic_parallel(in->threads, p.num_blocks * ((in->width + p.up_chunk - 1) / p.up_chunk), up_task, &p);
     moesaic_parallel(in->threads, (in->hidden + p.down_chunk - 1) / p.down_chunk, down_task, &p);
     free(blocks), free(wide), free(p.h);
     return 0;

@@ -3,9 +3,6 @@
 
 #include <stdint.h>
 
-/* Most rows of one block, whatever their length. */
-enum { ROWS_MOST = 192 };
-
 /* Packed experts and their input. Mirrored field by field in library.py. Strides are in elements. */
 typedef struct {
     int32_t type;       /* of x, weights and biases */

@@ -13,6 +13,10 @@ enum { TILE_ROWS = 6, TILE_OUT = 4 };
 /* Most rows of a product that streams weights: their sums stay in the first-level cache. */
 enum { STREAM_MOST = 16 };
 
+/* Rows of a weight that are asked for while another tile is computed, and the most rows of x for which a weight streams
+ * through once, so that memory sets the time. */
+enum { AHEAD = 2, STREAM_ROWS = 2 };
+
 /* What happens between the two projections. */
 enum {
     ACT_SILU = 0,
@@ -30,6 +34,11 @@ typedef struct {
     /* c[r * ldc + o] += dot(x[r], w[o]) over `k` elements, for r < rows <= TILE_ROWS and o < out <= TILE_OUT. Weights
      * have the given type. x is float32, except that bfloat16 weights meet bfloat16 x where `dot_bf16` is set. */
     void (*dot[3])(const void *const *x, const void *const *w, int rows, int out, long k, float *c, long ldc);
+    /* The same, asking for as many bytes from each `ahead` as one row of w has. */
+    void (*dot_ahead[3])(const void *const *x, const void *const *w, int rows, int out, long k, const void *const *ahead,
+                         float *c, long ldc);
+    /* The same for rows <= STREAM_ROWS and any number of rows of w, `stride` bytes apart. */
+    void (*dot_stream[3])(const void *const *x, const char *w, long stride, int rows, long out, long k, float *c, long ldc);
     int dot_bf16;
 
     /* Conversion from and to float32. */
