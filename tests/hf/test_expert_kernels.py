@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tests.hf.tiny import tiny_model, token_ids
+from tests.layer.kernels.cases import LOOP, TOLERANCE, assert_close, make_call
+from torch import Tensor
+from transformers.integrations import deepgemm, sonicmoe
 
 from moesaic.errors import UnsupportedKernel
 from moesaic.hf.expert_kernels import model_kernels
@@ -46,6 +51,12 @@ def test_auto_on_a_gpu_without_kernels_of_ours_decodes_batched_and_prefills_grou
     assert chosen(H100, "triton") == "grouped_mm"
     assert chosen(H100._replace(capability=(7, 5)), "triton") == "grouped"
     assert chosen(H100._replace(hidden=1023), "triton") == "grouped"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_auto_on_a_gpu_takes_our_kernel_first() -> None:
+    for tokens in (1, 64, 2048):
+        assert chosen(H100._replace(tokens=tokens, needs_grad=tokens > 1)) == "triton"
 
 
 def test_auto_on_the_cpu_takes_none_of_them() -> None:
@@ -110,3 +121,55 @@ def test_a_spec_may_name_them(name: str) -> None:
         output.loss.backward()
         found.append([output.logits, *(p.grad for p in model.parameters())])
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+
+
+def plain_sonicmoe(hidden_TD, score_S, token_S, expert_S, w1_HDN, b1_NH, w2_DFN, b2_ND, *, concat_layout, **options):
+    """What the kernel of sonic-moe is given and gives back, in plain torch."""
+    assert options["activation_type"] == "SWIGLU"
+    y_TD = torch.zeros_like(hidden_TD)
+    for score, token, expert in zip(score_S, token_S.tolist(), expert_S.tolist(), strict=True):
+        up_H = w1_HDN[..., expert] @ hidden_TD[token] + (0 if b1_NH is None else b1_NH[expert])
+        gate_F, up_F = up_H.chunk(2) if concat_layout else (up_H[::2], up_H[1::2])
+        down_D = w2_DFN[..., expert] @ (torch.nn.functional.silu(gate_F) * up_F)
+        y_TD[token] += score * (down_D + (0 if b2_ND is None else b2_ND[expert]))
+    return y_TD, None
+
+
+def grouped_product(*, transposed: bool) -> Any:
+    def product(rows: Tensor, weight: Tensor, out: Tensor, layout: Tensor, **options: Any) -> None:
+        for row, expert in enumerate(layout.tolist()):
+            if expert >= 0:
+                out[row] = rows[row] @ (weight[expert] if transposed else weight[expert].t())
+
+    return product
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("sonicmoe", "silu_gated"),
+        ("deepgemm", "silu_gated"),
+        ("deepgemm", "gelu_gated_biased"),
+        ("deepgemm", "relu_gated_transposed"),
+        ("deepgemm", "relu2_plain"),
+    ],
+)
+def test_kernels_of_the_hub_are_handed_what_they_expect(
+    name: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' function with plain torch in place of the GPU code that it loads."""
+    enum = SimpleNamespace(SWIGLU="SWIGLU")
+    sonic = SimpleNamespace(activation_type_enum=enum, moe_general_routing_inputs=plain_sonicmoe)
+    monkeypatch.setattr(sonicmoe, "load_sonicmoe_kernel", lambda: sonic)
+    deep = SimpleNamespace(
+        grouped_bf16_matmul_nt=grouped_product(transposed=False),
+        grouped_bf16_matmul_nn=grouped_product(transposed=True),
+        m_alignment=8,
+    )
+    monkeypatch.setattr(deepgemm, "load_deepgemm_kernel", lambda: deep)
+    monkeypatch.setattr(deepgemm, "is_sm100", lambda: False)
+    kernel = next(kernel for kernel in model_kernels(may_skip=False) if kernel.name == name)
+    with torch.no_grad():
+        call = make_call(layout, size="larger", dtype=torch.bfloat16)
+        exact = make_call(layout, size="larger", dtype=torch.bfloat16, exact=True)
+        assert_close({"y": call.output(kernel)}, {"y": exact.output(LOOP)}, TOLERANCE[torch.bfloat16])

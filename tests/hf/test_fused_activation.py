@@ -77,3 +77,22 @@ def test_a_gate_of_its_own_is_called() -> None:
     patched = MixtralExperts(stock_config("mixtral"))
     patched._apply_gate = lambda gate_up: gate_up
     assert ExpertWeights.of(patched).fused is None
+
+
+def test_a_class_of_the_same_name_elsewhere_is_called() -> None:
+    class SiLU(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    module = MixtralExperts(stock_config("mixtral"))
+    assert ExpertWeights.of(module).fused is not None
+    module.act_fn = SiLU()
+    assert ExpertWeights.of(module).fused is None
+
+
+def test_a_subclass_keeps_the_gate_it_inherits() -> None:
+    class Derived(GptOssExperts):
+        pass
+
+    fused = check(Derived(GptOssConfig(hidden_size=8, intermediate_size=8, num_local_experts=2)))
+    assert fused.name == "clamped_swiglu"

@@ -95,3 +95,62 @@ def test_a_kernel_that_can_not_skip_is_passed_over_where_picks_may_be_no_expert(
 def test_a_block_tells_its_experts_whether_picks_may_be_no_expert(capacity: dict[str, Any] | None) -> None:
     values = {"experts": {"num_experts": N, "intermediate_size": 3}, "router": {"top_k": 2}, "capacity": capacity}
     assert MoEBlock(MoESpec.from_dict(values), D).experts.may_skip == (capacity is not None)
+
+
+def test_a_case_is_judged_once() -> None:
+    """Decoding asks for the same case in every layer and at every token."""
+    judged = []
+
+    def refuses(case: Case) -> None:
+        judged.append(case)
+
+    kernels = (Kernel("counting", KERNELS[-1].run, refuses, lambda case: "test"),)
+    for _ in range(3):
+        select("auto", case_of(torch.ones(1, D)), kernels)
+    assert len(judged) == 1
+    select("auto", case_of(torch.ones(2, D)), kernels)
+    assert len(judged) == 2
+
+
+def test_compiled_code_takes_the_variable_of_when_it_was_compiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    selection._log_once.cache_clear()
+    torch.compiler.reset()
+    experts = Experts(ExpertsConfig(num_experts=N, intermediate_size=WIDTH, kernel="loop"), D)
+    arguments = (torch.ones(3, D), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
+    monkeypatch.setenv("MOESAIC_KERNEL", "grouped")
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    with caplog.at_level(logging.INFO, logger="moesaic.layer.kernels"):
+        actual = compiled(*arguments)
+    assert [record.getMessage() for record in caplog.records if record.name == "moesaic.layer.kernels"] == [
+        "expert kernel: grouped for compiled code on cpu in float32 (asked for by MOESAIC_KERNEL)"
+    ]
+    monkeypatch.delenv("MOESAIC_KERNEL")
+    torch.testing.assert_close(actual, experts(*arguments))
+    torch.compiler.reset()
+    monkeypatch.setenv("MOESAIC_KERNEL", "fast")
+    with pytest.raises(Exception, match="MOESAIC_KERNEL = 'fast' cannot be used"):
+        torch.compile(experts, fullgraph=True, backend="aot_eager")(*arguments)
+
+
+def test_size_classes_do_not_split_compiled_code() -> None:
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    experts = Experts(ExpertsConfig(num_experts=N, intermediate_size=WIDTH, kernel="grouped"), D).requires_grad_(False)
+    compiled = torch.compile(experts, fullgraph=True, backend=backend, dynamic=True)
+    for tokens in (3, 50, 500):  # decode, few rows, many rows
+        compiled(torch.ones(tokens, D), torch.zeros(tokens, 2, dtype=torch.int64), torch.ones(tokens, 2))
+    assert len(graphs) == 1
+
+
+def test_a_kernel_of_models_in_a_bare_layer_is_refused_with_the_reason() -> None:
+    with pytest.raises(
+        UnsupportedKernel, match=r"'grouped_mm' cannot be used \(it is transformers' own, for models only\)"
+    ):
+        select("grouped_mm", case_of(torch.ones(1, D)), KERNELS)

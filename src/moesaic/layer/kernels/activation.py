@@ -60,7 +60,7 @@ def _elementwise(name: FusedName, x: Tensor) -> Tensor:
 
 
 # Classes of torch and of transformers' ACT2FN, by name: this room imports no transformers. Only those whose forward has
-# no options are here, or whose options are looked at below. tests/hf/test_fused_activation.py compares the numbers.
+# no options are here. tests/hf/test_fused_activation.py compares the numbers.
 _BY_CLASS: dict[str, FusedName] = {
     "SiLU": "silu",
     "SiLUActivation": "silu",
@@ -77,6 +77,7 @@ _CLAMPED: dict[str, tuple[bool, str, str]] = {
     "MiniMaxM3VLExperts._apply_gate": (False, "swiglu_alpha", "swiglu_limit"),
 }
 _DEFAULT_GATE = "_default_apply_gate"
+_KNOWN_PACKAGES = ("torch", "transformers")
 
 
 def recognise(module: Any) -> FusedActivation | None:
@@ -98,16 +99,23 @@ def recognise(module: Any) -> FusedActivation | None:
         # An own gate may do anything. The default one splits in halves.
         if gate_name != _DEFAULT_GATE or "_apply_gate" in own:
             return None
-    name = _BY_CLASS.get(type(module.act_fn).__name__)
+    name = _BY_CLASS.get(_class_name(type(module.act_fn)))
     return None if name is None else FusedActivation(name, bool(module.has_gate))
 
 
 # The decorator is for plain functions: torch.compile would trace into a cached one, and can't.
 @torch.compiler.assume_constant_result
 def _gate_name(experts_class: type) -> str:
-    return _gate_name_of(experts_class)
+    return _known_name(getattr(experts_class, "_apply_gate", None))
+
+
+@torch.compiler.assume_constant_result
+def _class_name(activation_class: type) -> str:
+    return _known_name(activation_class)
 
 
 @functools.lru_cache(maxsize=256)
-def _gate_name_of(experts_class: type) -> str:
-    return getattr(getattr(experts_class, "_apply_gate", None), "__qualname__", "")
+def _known_name(thing: Any) -> str:
+    """Its qualified name if torch or transformers define it: others may give another thing the same name."""
+    package = getattr(thing, "__module__", "").partition(".")[0]
+    return thing.__qualname__ if package in _KNOWN_PACKAGES else ""

@@ -20,6 +20,8 @@ logger = logging.getLogger("moesaic.layer.kernels")
 
 VARIABLE = "MOESAIC_KERNEL"
 FIELD = "experts.kernel"
+# Registered by the hf room, where modules follow transformers' conventions.
+_OF_MODELS = frozenset({"grouped_mm", "batched_mm", "sonicmoe", "deepgemm"})
 SizeClass = Literal["decode", "few rows", "many rows"]
 
 
@@ -175,7 +177,8 @@ def _choose(name: str, source: str, case: Case, kernels: tuple[Kernel, ...]) -> 
             reason = f"does not suit {case.size}"
         reasons.append(f"{kernel.name}: {reason}")
     known = ", ".join(kernel.name for kernel in kernels)
-    detail = "; ".join(reasons) or "no kernel has this name"
+    missing = "it is transformers' own, for models only" if name in _OF_MODELS else "no kernel has this name"
+    detail = "; ".join(reasons) or missing
     raise UnsupportedKernel(f"{source} = {name!r} cannot be used ({detail}); choose auto or one of {known}")
 
 
