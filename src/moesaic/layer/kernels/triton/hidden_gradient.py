@@ -81,6 +81,7 @@ def hidden_gradient(
         ACTIVATION=formula.activation,
         GATED=formula.gated,
         INTERLEAVED=formula.interleaved,
+        SPLIT=tile.outs >= 64,
         BLOCK_ROWS=schedule.block_rows,
         BLOCK_OUT=tile.outs,
         BLOCK_IN=tile.inner,
@@ -120,6 +121,7 @@ def _hidden_gradient(
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -138,7 +140,6 @@ def _hidden_gradient(
     row = row.to(tl.int64)
     out = out_block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     out_mask = out < width
-    mask = row_mask[:, None] & out_mask[None, :]
     inner = tl.arange(0, BLOCK_IN)
     hidden_grad = product(
         grad_ptr + (pick // top_k)[:, None] * size_in + inner[None, :],
@@ -147,20 +148,63 @@ def _hidden_gradient(
         BLOCK_ROWS, BLOCK_OUT, BLOCK_IN, EVEN_IN, EVEN_OUT, PRECISION,
     )  # fmt: skip
     combine = tl.load(combine_ptr + pick, mask=row_mask, other=0.0).to(tl.float32)
+    first = out_block * BLOCK_OUT
+    if SPLIT:
+        # Half of the columns at a time, so that what the activation needs stays in registers.
+        halves = tl.permute(tl.reshape(hidden_grad, (BLOCK_ROWS, 2, BLOCK_OUT // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        part = _through_activation(
+            left, combine, up_ptr, up_grad_ptr, weighted_ptr, row, row_mask, first, width, alpha, limit,
+            ACTIVATION, GATED, INTERLEAVED, BLOCK_ROWS, BLOCK_OUT // 2,
+        )  # fmt: skip
+        part += _through_activation(
+            right, combine, up_ptr, up_grad_ptr, weighted_ptr, row, row_mask, first + BLOCK_OUT // 2, width, alpha, limit,
+            ACTIVATION, GATED, INTERLEAVED, BLOCK_ROWS, BLOCK_OUT // 2,
+        )  # fmt: skip
+    else:
+        part = _through_activation(
+            hidden_grad, combine, up_ptr, up_grad_ptr, weighted_ptr, row, row_mask, first, width, alpha, limit,
+            ACTIVATION, GATED, INTERLEAVED, BLOCK_ROWS, BLOCK_OUT,
+        )  # fmt: skip
+    tl.store(parts_ptr + pick * num_parts + out_block, part, mask=row_mask)
+
+
+@triton.jit
+def _through_activation(
+    hidden_grad,  # (BLOCK_ROWS, COLUMNS), before the combine weights
+    combine,
+    up_ptr,
+    up_grad_ptr,
+    weighted_ptr,
+    row,
+    row_mask,
+    first,  # first column
+    width,
+    alpha,
+    limit,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Write the gradient of up and the weighted rows; the sum over columns of hidden_grad * hidden."""
     dtype = up_grad_ptr.dtype.element_ty
+    out = first + tl.arange(0, COLUMNS)
+    mask = row_mask[:, None] & (out < width)[None, :]
     weighted_grad = hidden_grad * combine[:, None]
     if INTERLEAVED:
-        both = out_block * (2 * BLOCK_OUT) + tl.arange(0, 2 * BLOCK_OUT)
+        both = 2 * first + tl.arange(0, 2 * COLUMNS)
         both_mask = row_mask[:, None] & (both < 2 * width)[None, :]
         both_offset = row[:, None] * (2 * width) + both[None, :]
         pairs = tl.load(up_ptr + both_offset, mask=both_mask, other=0.0).to(tl.float32)
-        gate, up = tl.split(tl.reshape(pairs, (BLOCK_ROWS, BLOCK_OUT, 2)))
+        gate, up = tl.split(tl.reshape(pairs, (BLOCK_ROWS, COLUMNS, 2)))
         activated, scale = activate(gate, ACTIVATION, alpha, limit), factor(up, ACTIVATION, limit)
         hidden = activated * scale
         gate_grad = weighted_grad * scale * derivative(gate, ACTIVATION, alpha, limit)
         up_grad = weighted_grad * activated * factor_derivative(up, ACTIVATION, limit)
-        pairs_grad = tl.reshape(tl.join(gate_grad, up_grad), (BLOCK_ROWS, 2 * BLOCK_OUT))
-        tl.store(up_grad_ptr + both_offset, pairs_grad.to(dtype), mask=both_mask)
+        pairs_grad = tl.reshape(tl.join(gate_grad.to(dtype), up_grad.to(dtype)), (BLOCK_ROWS, 2 * COLUMNS))
+        tl.store(up_grad_ptr + both_offset, pairs_grad, mask=both_mask)
     elif GATED:
         offset = row[:, None] * (2 * width) + out[None, :]
         gate = tl.load(up_ptr + offset, mask=mask, other=0.0).to(tl.float32)
@@ -177,7 +221,6 @@ def _hidden_gradient(
         hidden = activate(z, ACTIVATION, alpha, limit)
         z_grad = weighted_grad * derivative(z, ACTIVATION, alpha, limit)
         tl.store(up_grad_ptr + offset, z_grad.to(dtype), mask=mask)
-    weighted_ptrs = weighted_ptr + row[:, None] * width + out[None, :]
-    tl.store(weighted_ptrs, (hidden * combine[:, None]).to(dtype), mask=mask)
+    tl.store(weighted_ptr + row[:, None] * width + out[None, :], (hidden * combine[:, None]).to(dtype), mask=mask)
     # Columns past the width are zero in the product, because their weights were masked.
-    tl.store(parts_ptr + pick * num_parts + out_block, tl.sum(hidden_grad * hidden, axis=1), mask=row_mask)
+    return tl.sum(hidden_grad * hidden, axis=1)

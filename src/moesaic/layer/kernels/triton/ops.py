@@ -21,9 +21,9 @@ from moesaic.layer.kernels.triton.schedule import Schedule, make_schedule, sort_
 from moesaic.layer.kernels.triton.weight_gradient import bias_gradient, weight_gradient
 
 
-def _schedule(pick_S: Tensor, end_N: Tensor) -> Schedule:
+def _schedule(pick_S: Tensor, end_N: Tensor, dtype: torch.dtype) -> Schedule:
     rows = pick_S.numel()
-    return make_schedule(end_N, rows, tiles.block_rows(rows / end_N.numel()))
+    return make_schedule(end_N, rows, tiles.block_rows(rows / end_N.numel(), dtype))
 
 
 @torch.library.custom_op("moesaic::triton_experts", mutates_args=())
@@ -48,7 +48,7 @@ def triton_experts(
     formula = Formula(activation, gated, interleaved, alpha, limit)
     if pick_S.numel() == 0:
         return torch.zeros_like(x_TD), x_TD.new_empty(0, up_NHD.shape[1])
-    schedule = _schedule(pick_S, end_N)
+    schedule = _schedule(pick_S, end_N, x_TD.dtype)
     hidden_SF, up_SH = gather_linear(
         x_TD, up_NHD, up_bias_NH, pick_S, end_N, index_TK.shape[1], schedule, formula, save_up=True
     )
@@ -90,7 +90,7 @@ def triton_experts_inference(
     if index_TK.numel() <= MAX_PICKS:
         return decode(x_TD, up_NHD, down_NDF, up_bias_NH, down_bias_ND, index_TK, combine_TK, formula)
     pick_S, end_N = sort_picks(index_TK, up_NHD.shape[0])
-    schedule = _schedule(pick_S, end_N)
+    schedule = _schedule(pick_S, end_N, x_TD.dtype)
     hidden_SF, _ = gather_linear(
         x_TD, up_NHD, up_bias_NH, pick_S, end_N, index_TK.shape[1], schedule, formula, save_up=False
     )
@@ -120,7 +120,7 @@ def triton_gather_linear(
     """
     if pick_S.numel() == 0:
         return x_TD.new_empty(0, weight_NHD.shape[1])
-    schedule = _schedule(pick_S, end_N)
+    schedule = _schedule(pick_S, end_N, x_TD.dtype)
     return gather_linear(
         x_TD, weight_NHD, bias_NH, pick_S, end_N, index_TK.shape[1], schedule, IDENTITY, save_up=False
     )[0]
@@ -145,7 +145,7 @@ def triton_linear_scatter(
     """sum over the picks of each token of combine_tk * (row @ weight[e].T + bias[e]), (T, D)."""
     if pick_S.numel() == 0:
         return rows_SF.new_zeros(index_TK.shape[0], weight_NDF.shape[1])
-    schedule = _schedule(pick_S, end_N)
+    schedule = _schedule(pick_S, end_N, rows_SF.dtype)
     return linear_scatter(rows_SF, weight_NDF, bias_ND, combine_TK, index_TK, pick_S, end_N, schedule, atomic=atomic)
 
 
@@ -180,7 +180,7 @@ def triton_hidden_gradient(
         combine_TK,
         pick_S,
         end_N,
-        _schedule(pick_S, end_N),
+        _schedule(pick_S, end_N, grad_TD.dtype),
         Formula(activation, gated, interleaved, alpha, limit),
     )
     combine_grad_TK = combine_gradient(parts_PB, grad_TD, down_bias_ND, index_TK, end_N.numel(), combine_TK.dtype)
