@@ -48,7 +48,7 @@ def check(kernels: list[dict[str, Any]], capability: int, dtype: str, rows: int)
     ("capability", "dtype", "rows", "options"),
     [
         (90, "bfloat16", 256, []),
-        (80, "float16", 16, ["--formula", "interleaved", "--bias", "--transposed", "--hidden", "200"]),
+        (80, "float16", 16, ["--formula", "interleaved", "--bias", "--transposed", "--hidden", "224"]),
     ],
     ids=["SM90", "SM80"],
 )
