@@ -54,9 +54,11 @@ def test_auto_on_a_gpu_without_kernels_of_ours_decodes_batched_and_prefills_grou
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-def test_auto_on_a_gpu_takes_our_kernel_first() -> None:
-    for tokens in (1, 64, 2048):
-        assert chosen(H100._replace(tokens=tokens, needs_grad=tokens > 1)) == "triton"
+def test_auto_on_a_gpu_takes_triton_where_theirs_do_not_suit() -> None:
+    assert chosen(H100) == "grouped_mm"
+    assert chosen(H100._replace(dtype=torch.float16, weight_dtype=torch.float16)) == "triton"
+    assert chosen(H100._replace(hidden=1023)) == "triton"
+    assert chosen(H100._replace(capability=(7, 5))) == "grouped"
 
 
 def test_auto_on_the_cpu_takes_none_of_them() -> None:
