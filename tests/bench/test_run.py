@@ -51,7 +51,7 @@ def right(call: Call) -> Tensor:
 
 
 def with_people(monkeypatch: pytest.MonkeyPatch, *people: Contender) -> None:
-    monkeypatch.setattr(runner, "contenders", lambda: list(people))
+    monkeypatch.setattr(runner, "contenders", lambda llama_cpp: list(people))
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])

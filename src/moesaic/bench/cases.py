@@ -46,6 +46,9 @@ CASES = {
         Case(
             "decode", "experts forward of a few tokens, weights not in the cache", (1, 4), cold=True, dense="dense-wide"
         ),
+        Case("memory", "peak memory of a step forward and backward", (2048,), backward=True, timed=False),
+        Case("model-prefill", "a whole model reads a prompt", (512,), model=True, dense="dense-model"),
+        Case("model-decode", "a whole model writes after a prompt", (32,), cold=True, model=True, dense="dense-model"),
     )
 }
 

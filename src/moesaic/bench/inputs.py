@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from moesaic.bench.cases import Cell
+from moesaic.bench.device import cache_bytes
 from moesaic.bench.shapes import Shape
 from moesaic.layer.kernels import ExpertWeights, FusedActivation
 
@@ -145,16 +145,3 @@ def number_of_sets(cell: Cell, touched: float) -> int:
     wanted = math.ceil(CACHES_APART * cache_bytes(cell.device) / (touched * expert_bytes))
     most = MOST_WEIGHT_BYTES // (cell.shape.experts * expert_bytes)
     return max(1, min(wanted, most, 64))
-
-
-def cache_bytes(device: str) -> int:
-    """Size of the last cache before memory; 32 MiB if the machine doesn't say."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    for level in (3, 2):
-        path = Path(f"/sys/devices/system/cpu/cpu0/cache/index{level}/size")
-        if path.is_file():
-            text = path.read_text(encoding="utf-8").strip()
-            return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
-    return 32 << 20

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moesaic.bench.contenders.base import synchronise
-from moesaic.bench.inputs import cache_bytes
+from moesaic.bench.device import cache_bytes, synchronise
 
 REPEATS = 5
 

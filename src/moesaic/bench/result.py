@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moesaic.bench.cases import Cell
-from moesaic.bench.contenders import Contender, Entry
+from moesaic.bench.contenders import Contender
 from moesaic.bench.rates import Rates
 from moesaic.bench.statistics import median, spread
 from moesaic.bench.timing import time_in_turns
 from moesaic.bench.work import Work
+
+if TYPE_CHECKING:
+    from moesaic.bench.admission import Admitted
 
 Status = Literal["measured", "failed", "unavailable", "not reached"]
 
@@ -83,27 +86,26 @@ class CellResult:
 
     def time(
         self,
-        entries: Mapping[str, Entry],
+        admitted: Admitted,
         *,
         rounds: int,
         patience: float,
         deadline: float,
         tell: Callable[[str], None],
-        warm: Mapping[str, float],
     ) -> None:
         """Time those who were admitted; see `time_in_turns`. An interruption leaves the samples that are there."""
         samples: dict[str, list[float]] = {}
         faults: dict[str, str] = {}
         try:
             time_in_turns(
-                entries,
+                admitted.entries,
                 samples,
                 rounds=rounds,
                 patience=patience,
                 deadline=deadline,
                 tell=tell,
                 faults=faults,
-                warm=warm,
+                warm=admitted.warm,
             )
             self.finished = True
         finally:
@@ -112,7 +114,7 @@ class CellResult:
                     row.status, row.reason = "failed", faults[row.name]
                 elif samples.get(row.name):
                     row.status, row.samples = "measured", samples[row.name]
-                    row.facts |= entries[row.name].facts()
+                    row.facts |= admitted.entries[row.name].facts()
 
     @property
     def floor(self) -> float:
@@ -141,8 +143,10 @@ class CellResult:
         )
 
     def ratio(self, row: Row, other: Row | None) -> float | None:
-        """`row` over `other`, medians; above 1 is slower."""
-        return None if other is None or not row.measured else row.median / other.median
+        """`row` over `other`, medians; above 1 is slower, or more memory."""
+        if other is None or not row.measured or other.median == 0:
+            return None
+        return row.median / other.median
 
     def weight_bandwidth(self, row: Row) -> float:
         """Bytes of touched weights a second."""
@@ -185,8 +189,3 @@ class CellResult:
             values["facts"],
             values["finished"],
         )
-
-
-def cells_of(results: Iterable[CellResult]) -> dict[Cell, CellResult]:
-    """By cell."""
-    return {result.cell: result for result in results}

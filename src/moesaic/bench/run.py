@@ -16,6 +16,9 @@ from moesaic.bench.cases import Cell
 from moesaic.bench.contenders import Contender, contenders
 from moesaic.bench.inputs import Layers
 from moesaic.bench.layer_cell import measure_layer
+from moesaic.bench.memory_cell import measure_memory
+from moesaic.bench.model_cell import measure_model
+from moesaic.bench.models import Models, ModelSize
 from moesaic.bench.rates import Rates, measure_rates
 from moesaic.bench.result import CellResult
 from moesaic.bench.timing import TimeUp
@@ -35,6 +38,8 @@ class Options:
         skip: patterns of names that are left out.
         time_limit: seconds after which the run stops, or None.
         quick: smaller buffers for the rates of the machine.
+        model: size of whole models.
+        llama_cpp: interpreter that has llama.cpp's Python package, or None for this one.
     """
 
     rounds: int = 7
@@ -44,6 +49,8 @@ class Options:
     skip: tuple[str, ...] = ()
     time_limit: float | None = None
     quick: bool = False
+    model: ModelSize = field(default_factory=ModelSize)
+    llama_cpp: str | None = None
 
 
 @dataclass
@@ -91,13 +98,13 @@ def run_bench(
         raise ConfigError(
             VARIABLE, os.environ[VARIABLE], "overrides which kernels are compared", "unset it, use --only"
         )
-    people = chosen(contenders(), options.only, options.skip)
+    people = chosen(contenders(llama_cpp=options.llama_cpp), options.only, options.skip)
     known = {result.cell: result for result in earlier}
     threads_before = torch.get_num_threads()
     run = BenchRun(results=[known[cell] for cell in cells if cell in known and known[cell].finished])
     done = {result.cell for result in run.results}
     run.missing = [cell for cell in cells if cell not in done]
-    layers, rates = Layers(options.seed), {}
+    layers, models, rates = Layers(options.seed), Models(options.model, options.seed), {}
     deadline = math.inf if options.time_limit is None else time.monotonic() + options.time_limit
     try:
         for cell in list(run.missing):
@@ -108,7 +115,7 @@ def run_bench(
             tell(cell, "measuring bandwidth and GEMM rate")
             result = CellResult.empty(cell, people, _rates(cell, rates, options.quick))
             try:
-                measure_layer(result, people, layers, options, deadline, lambda text, cell=cell: tell(cell, text))
+                _measure(result, people, layers, models, options, deadline, lambda text, cell=cell: tell(cell, text))
             finally:
                 if any(row.measured for row in result.rows) or result.finished:
                     run.results.append(result)
@@ -119,8 +126,33 @@ def run_bench(
     except TimeUp:
         run.stopped = "time limit"
     finally:
+        models.clear()
         torch.set_num_threads(threads_before)
     return run
+
+
+def _measure(
+    result: CellResult,
+    people: Sequence[Contender],
+    layers: Layers,
+    models: Models,
+    options: Options,
+    deadline: float,
+    tell: Callable[[str], None],
+) -> None:
+    """Fill in `result`, having let go of the weights that this case does not need."""
+    kind = result.cell.kind
+    result.facts |= {"rounds": options.rounds, "seed": options.seed}
+    if kind.model or not kind.timed:
+        layers.clear()
+    if not kind.model:
+        models.clear()
+    if kind.model:
+        measure_model(result, people, models, options, deadline, tell)
+    elif kind.timed:
+        measure_layer(result, people, layers, options, deadline, tell)
+    else:
+        measure_memory(result, people, options, deadline, tell)
 
 
 def _rates(cell: Cell, known: dict[tuple[str, int, str], Rates], quick: bool) -> Rates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,32 @@ FORMAT = 1
 NAME = "bench.json"
 
 
-class Store:
-    """Results of runs on one machine with one set of versions.
+@dataclass
+class Saved:
+    """A file of results.
+
+    Attributes:
+        machine: machine and versions in a sentence.
+        commands: how the runs that filled it were started.
+        results: by cell.
+    """
+
+    machine: str
+    commands: list[str] = field(default_factory=list)
+    results: dict[Cell, CellResult] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "moesaic_bench": FORMAT,
+            "machine": self.machine,
+            "commands": self.commands,
+            "results": [result.to_dict() for result in self.results.values()],
+        }
+
+
+class Store(Saved):
+    """Results of runs on one machine with one set of versions, written with each result.
 
     Args:
         path: the file, made with the first result.
@@ -29,9 +54,8 @@ class Store:
     """
 
     def __init__(self, path: Path, machine: str, command: str) -> None:
-        self.path, self.machine = path, machine
-        self.results: dict[Cell, CellResult] = {}
-        self.commands: list[str] = []
+        super().__init__(machine)
+        self.path = path
         if path.exists():
             earlier = read(path)
             if earlier.machine != machine:
@@ -41,37 +65,15 @@ class Store:
                     f"holds results of {earlier.machine}, and this is {machine}",
                     "choose another folder, or --restart",
                 )
-            self.results, self.commands = earlier.results, earlier.commands
-        if command not in self.commands:
-            self.commands.append(command)
+            self.commands, self.results = earlier.commands, earlier.results
+        self._command = command
 
     def keep(self, result: CellResult) -> None:
         """Add or replace a result and write the file."""
         self.results[result.cell] = result
+        if self._command not in self.commands:
+            self.commands.append(self._command)
         write_text(self.path, json.dumps(self.to_dict(), indent=1) + "\n")
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return {
-            "moesaic_bench": FORMAT,
-            "machine": self.machine,
-            "commands": self.commands,
-            "results": [result.to_dict() for result in self.results.values()],
-        }
-
-
-class Saved:
-    """A file of results as it was read.
-
-    Args:
-        values: its content.
-    """
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.machine: str = values["machine"]
-        self.commands: list[str] = values["commands"]
-        found = [CellResult.from_dict(result) for result in values["results"]]
-        self.results = {result.cell: result for result in found}
 
 
 def read(path: Path) -> Saved:
@@ -85,7 +87,8 @@ def read(path: Path) -> Saved:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["moesaic_bench"] != FORMAT:
             raise DataError(f"{path} has format {values['moesaic_bench']}, this version reads {FORMAT}; measure anew")
-        return Saved(values)
+        found = [CellResult.from_dict(result) for result in values["results"]]
+        return Saved(values["machine"], values["commands"], {result.cell: result for result in found})
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, DataError):
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moesaic.bench.models import ModelSize, moe_config
 from moesaic.bench.shapes import Shape
 
 
@@ -55,3 +56,33 @@ def layer_forward_backward(shape: Shape, tokens: int, touched: float, element_si
     token_bytes = 4 * tokens * shape.hidden * element_size
     weight_bytes = 2 * forward.weight_bytes
     return Work(3 * forward.flops, weight_bytes + gradient_bytes + kept_bytes + token_bytes, weight_bytes)
+
+
+def model_forward(shape: Shape, size: ModelSize, tokens: int, context: int, element_size: int) -> Work:
+    """A whole model over the tokens of one sequence, the head on the last of them only.
+
+    All weights in use are read once, but of the embeddings only rows; keys and values of the context are read by each
+    layer. Of the experts, as many are in use as T tokens with K picks each reach on average when picks are uniform.
+
+    Args:
+        shape: of the layers.
+        size: layers and vocabulary.
+        tokens: T that are given at once.
+        context: tokens that attention looks at, all in all.
+        element_size: bytes of a number.
+    """
+    config = moe_config(shape, size)
+    query_width = config.num_attention_heads * 64
+    key_width = config.num_key_value_heads * 64
+    attention = shape.hidden * (2 * query_width + 2 * key_width)
+    router = shape.hidden * shape.experts
+    head = shape.hidden * size.vocabulary
+    touched = shape.experts * (1 - (1 - shape.picks / shape.experts) ** tokens)
+    read = size.layers * (attention + router + touched * shape.expert_parameters) + head
+    used = size.layers * (attention + router + shape.picks * shape.expert_parameters)
+    # Queries with keys and weights with values, 2 FLOPs each; a prompt's tokens see half of it on average.
+    seen = context if tokens == 1 else context / 2
+    flops = 2.0 * (tokens * used + head) + size.layers * 4.0 * tokens * seen * query_width
+    weight_bytes = read * element_size
+    cache_bytes = size.layers * 2 * context * key_width * element_size
+    return Work(flops, weight_bytes + cache_bytes + tokens * shape.hidden * element_size, weight_bytes)

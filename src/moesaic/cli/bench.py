@@ -50,6 +50,13 @@ def command(
     skip: Annotated[list[str] | None, typer.Option(help="Contender or pattern to leave out.")] = None,
     routing: Annotated[str, typer.Option(help="How picks spread: balanced or skewed.")] = "balanced",
     device: Annotated[str, typer.Option(help="cpu, or an accelerator such as cuda.")] = "cpu",
+    layers: Annotated[int, typer.Option(min=1, help="Of whole models.")] = 8,
+    vocabulary: Annotated[int, typer.Option(min=2, help="Of whole models.")] = 8192,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that a model writes in a sample.")] = 32,
+    llama_cpp: Annotated[
+        str | None,
+        typer.Option(metavar="PYTHON", help="Interpreter that has llama-cpp-python and gguf, if not this one."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, tokens and picks.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A small layer, in less than a minute.")] = False,
     time_limit: Annotated[
@@ -58,6 +65,13 @@ def command(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the results; a run goes on from what is there.")
     ] = Path("runs/bench"),
+    docs: Annotated[
+        Path | None,
+        typer.Option("--write-docs", help="Also write page, numbers and plot into this folder, from all in --output."),
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="bench.json of an earlier run, whose medians are put beside these.")
+    ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Measure again what is there.")] = False,
     json: Json = False,
 ) -> None:
@@ -87,17 +101,34 @@ def command(
         skip=tuple(skip or ()),
         time_limit=time_limit,
         quick=quick,
+        model=bench.ModelSize(layers, vocabulary, new_tokens),
+        llama_cpp=llama_cpp,
     )
+    earlier = None if compare is None else bench.read(compare)
     path = output / bench.NAME
     if restart:
         path.unlink(missing_ok=True)
     store = bench.Store(path, describe_machine(), shlex.join(["moesaic", *sys.argv[1:]]))
     with _shown(wanted, store, json) as (keep, tell):
         run = bench.run_bench(wanted, options, earlier=store.results.values(), keep=keep, tell=tell)
+    pages = [bench.write_page(path, folder) for folder in (output, docs) if folder is not None and store.results]
+    found = [] if earlier is None else bench.changes(earlier, store)
     if json:
-        emit_json({**store.to_dict(), "stopped": run.stopped, "missing": [cell.to_dict() for cell in run.missing]})
-    elif run.results:
-        results.print(f"Results: {path}", highlight=False, soft_wrap=True)
+        compared = {} if earlier is None else {"changes": [change.to_dict() for change in found]}
+        emit_json(
+            {
+                **store.to_dict(),
+                "stopped": run.stopped,
+                "missing": [cell.to_dict() for cell in run.missing],
+                "pages": pages,
+                **compared,
+            }
+        )
+    else:
+        if earlier is not None:
+            _print_changes(found, earlier.machine, store.machine)
+        for page in pages:
+            results.print(f"Page, numbers and plot: {page}", highlight=False, soft_wrap=True)
     if run.stopped is not None:
         errors.print(
             f"Stopped ({run.stopped}): {len(wanted) - len(run.missing)} of {len(wanted)} comparisons are measured, "
@@ -137,6 +168,21 @@ def _print(result: CellResult) -> None:
     for line in [tables.under(result), *tables.remarks(result)]:
         results.print(escape(line), style="dim", highlight=False, soft_wrap=True)
     results.print()
+
+
+def _print_changes(found: list[bench.Change], before: str, after: str) -> None:
+    if before != after:
+        errors.print(f"Note: the earlier run was on another machine or version: {before}", soft_wrap=True)
+    table = Table(title="Beside the earlier run", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("comparison", "contender"):
+        table.add_column(heading)
+    for heading in ("before", "now", "ratio"):
+        table.add_column(heading, justify="right")
+    for change in found:
+        scale = 1e3 if change.cell.kind.timed else 1e-6
+        numbers = (tables.number(scale * value) for value in (change.before, change.after))
+        table.add_row(change.cell.label, change.name, *numbers, tables.number(change.ratio))
+    results.print(table)
 
 
 def _cases(text: str) -> list[Case]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moesaic.bench.cases import Cell
+from moesaic.bench.device import synchronise
 from moesaic.bench.inputs import Call, LayerInputs
 
 
@@ -124,9 +125,3 @@ def forget_gradients(call: Call) -> None:
     """Drop all gradients, so that the next backward allocates them anew."""
     for leaf in call.leaves.values():
         leaf.grad = None
-
-
-def synchronise(device: str) -> None:
-    """Wait for an accelerator."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
