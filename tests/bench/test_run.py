@@ -122,6 +122,23 @@ def test_finished_cells_are_not_measured_again(tmp_path: Path) -> None:
     assert set(read(path).results) == {cell("forward"), cell("decode")}
     with pytest.raises(ConfigError, match="holds results of a machine"):
         Store(path, "another machine", "moesaic bench")
+    assert Store(path, "another machine", "moesaic bench", restart=True).results == {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [replace(FAST, seed=1), replace(FAST, rounds=3), FAST],
+    ids=["another seed", "more rounds", "somebody new"],
+)
+def test_a_cell_that_lacks_something_is_measured_again(monkeypatch: pytest.MonkeyPatch, options: Options) -> None:
+    with_people(monkeypatch, Custom("right", right))
+    [first] = run_bench([cell("forward")], FAST).results
+    people = [Custom("right", right)] + ([Custom("new", right)] if options is FAST else [])
+    with_people(monkeypatch, *people)
+    [again] = run_bench([cell("forward")], options, earlier=[first]).results
+    assert again is not first
+    assert all(row.measured for row in again.rows)
+    assert run_bench([cell("forward")], options, earlier=[again]).results[0] is again
 
 
 def test_ratios_in_the_file(tmp_path: Path) -> None:
@@ -149,7 +166,7 @@ def test_patterns_choose_contenders() -> None:
     def names(only: tuple[str, ...] = (), skip: tuple[str, ...] = ()) -> list[str]:
         return [person.name for person in runner.chosen(contenders(), only, skip)]
 
-    assert names(only=("dense-*",)) == ["dense-chain", "dense-wide"]
+    assert names(only=("dense-*",)) == ["dense-chain", "dense-wide", "dense-model"]
     assert names(only=("dense-*", "moesaic:loop"), skip=("dense-wide",)) == ["dense-chain", "moesaic:loop"]
     with pytest.raises(ConfigError, match="--skip = 'llama' matches no contender; choose from dense-chain"):
         names(skip=("llama",))

@@ -35,6 +35,33 @@ def test_tables_and_a_file_from_which_it_goes_on(cli: Cli, tmp_path: Path) -> No
     content = json.loads(anew.out)
     assert [result["cell"]["case"] for result in content["results"]] == ["forward", "decode"]
     assert (content["stopped"], content["missing"]) == (None, [])
+    assert content["pages"] == [str(tmp_path / "kernels.md")]
+
+
+def test_docs_and_an_earlier_run(cli: Cli, tmp_path: Path) -> None:
+    first, second, docs = tmp_path / "first", tmp_path / "second", tmp_path / "docs"
+    arguments = ("bench", *TINY, "--case", "forward", "--only", "moesaic:loop")
+    assert cli(*arguments, "-o", first, "--llama-cpp", "/home/somebody/python").code == 0
+    ended = cli(*arguments, "-o", second, "--compare", first / "bench.json", "--write-docs", docs)
+    assert ended.code == 0, ended.err
+    assert "Beside the earlier run" in ended.out
+    assert sorted(path.name for path in docs.iterdir()) == ["kernels.json", "kernels.md", "kernels.svg"]
+    text = (first / "kernels.md").read_text(encoding="utf-8")
+    assert "--llama-cpp PYTHON" in text
+    assert "somebody" not in text
+    compared = json.loads(cli(*arguments, "-o", second, "--compare", first / "bench.json", "--json").out)
+    [change] = compared["changes"]
+    assert change["ratio"] == pytest.approx(change["after"] / change["before"])
+    ended = cli(*arguments, "-o", second, "--compare", tmp_path / "nothing.json")
+    assert ended.code == 2
+    assert "nothing.json: No such file" in ended.err
+
+
+def test_restart_keeps_what_was_not_asked_for(cli: Cli, tmp_path: Path) -> None:
+    arguments = ("bench", *TINY, "--only", "moesaic:loop", "-o", tmp_path)
+    assert cli(*arguments, "--case", "forward,decode").code == 0
+    content = json.loads(cli(*arguments, "--case", "decode", "--restart", "--json").out)
+    assert sorted(result["cell"]["case"] for result in content["results"]) == ["decode", "forward"]
 
 
 def test_a_time_limit_says_what_is_left(cli: Cli, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class Admitted:
             if entry is not None:
                 entry.close()
             return
-        row.note = entry.note
+        row.note, row.default = entry.note, entry.default
         self.entries[row.name], self.warm[row.name] = entry, time.perf_counter() - started
 
     def close(self) -> None:

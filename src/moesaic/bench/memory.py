@@ -33,7 +33,7 @@ def step_memory(name: str, cell: Cell, seed: int) -> dict[str, Any]:
         seed: of the inputs.
 
     Returns:
-        `bytes`; or `status` and `reason` if it can't run or is wrong.
+        `bytes`, `note` and `default`; or `status` and `reason` if it can't run or is wrong.
     """
     person = next(one for one in contenders() if one.name == name and one.takes(cell))
     assert isinstance(person, LayerContender)
@@ -56,7 +56,7 @@ def step_memory(name: str, cell: Cell, seed: int) -> dict[str, Any]:
         reason = fault(outcome, reference(cell, inputs.calls[0]), cell.torch_dtype)
         if reason is not None:
             return {"status": "failed", "reason": reason}
-    return {"bytes": used}
+    return {"bytes": used, "note": entry.note, "default": entry.default}
 
 
 def reset_peak(device: str) -> int:

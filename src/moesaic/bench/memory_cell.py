@@ -51,6 +51,7 @@ def measure_memory(
         answer = json.loads(done.stdout.splitlines()[-1])
         if "bytes" in answer:
             row.status, row.samples = "measured", [float(answer["bytes"])]
+            row.note, row.default = answer["note"], answer["default"]
         else:
             row.status, row.reason = answer["status"], answer["reason"]
     result.finished = True

@@ -61,13 +61,13 @@ def _says(case: Case) -> str:
 
 
 def _summary(case: Case, results: Sequence[CellResult]) -> str:
-    """One row for each cell: the floor, and the best of each family."""
+    """One row for each cell: the floor, the dense layer, what moesaic does by itself, and the best of the others."""
     unit = "ms" if case.timed else "MB"
     families = [family for family in ("dense", "moesaic", "transformers", "llama.cpp") if _any(results, family)]
     heads = ["layer", "type", "tokens", "threads"]
     if case.timed:
         heads.append(f"floor, {unit}")
-    heads += [f"dense, {unit}" if family == "dense" else f"best of {family}, {unit}" for family in families]
+    heads += [f"best of {family}, {unit}" if family == "transformers" else f"{family}, {unit}" for family in families]
     heads += ["moesaic / dense", "moesaic / transformers"]
     if case.timed:
         heads.append("moesaic / floor")
@@ -75,7 +75,7 @@ def _summary(case: Case, results: Sequence[CellResult]) -> str:
         heads.append("of bandwidth")
     rows = []
     for result in results:
-        cell, ours = result.cell, result.best("moesaic")
+        cell, ours = result.cell, result.ours
         skewed = "" if cell.routing == "balanced" else f", {cell.routing}"
         row = [f"{cell.shape.name}{skewed}", cell.dtype, f"{cell.tokens:,}", str(cell.threads or "-")]
         if case.timed:
@@ -95,11 +95,11 @@ def _any(results: Iterable[CellResult], family: str) -> bool:
 
 
 def _best(result: CellResult, family: str) -> str:
-    row = result.dense if family == "dense" else result.best(family)
+    row = {"dense": result.dense, "moesaic": result.ours}.get(family, result.best(family))
     if row is None:
         return "-"
     value = tables.number((1e3 if result.cell.kind.timed else 1e-6) * row.median)
-    name = row.name.partition(":")[2]
+    name = row.name.partition(":")[2] if family != "dense" else ""
     return f"{value} ({name})" if name else value
 
 
@@ -109,8 +109,7 @@ def _ratio(result: CellResult, row: Row | None, other: Row | None) -> str:
 
 def _details(result: CellResult) -> str:
     rows = [tables.values(result, row) for row in result.rows if row.measured]
-    lines = [tables.under(result), *tables.remarks(result)] if result.cell.kind.timed else tables.remarks(result)
-    listed = "\n".join(f"- {line[0].upper()}{line[1:]}" if line[:5] == "floor" else f"- {line}" for line in lines)
+    listed = "\n".join(f"- {line}" for line in [*tables.under(result), *tables.remarks(result)])
     return f"## {result.cell.label}\n\n{markdown(tables.columns(result), rows)}\n\n{listed}\n"
 
 

@@ -15,14 +15,15 @@ _COLOURS = {"dense": "#888888", "moesaic": "#00796b", "transformers": "#e08a00",
 _MARKERS = "osD^vP*X<>"
 
 
-def draw(results: Sequence[CellResult], path: Path) -> bool:
-    """Write the plot as SVG, the same bytes for the same numbers, and beside it as PNG.
+def draw(results: Sequence[CellResult], path: Path, *, png: bool = True) -> bool:
+    """Write the plot as SVG, the same bytes for the same numbers.
 
     A row is a cell; where it stands is the time of a contender over the floor. Peak memory is not drawn.
 
     Args:
         results: cells; only those of timed cases with somebody measured are drawn.
         path: of the SVG.
+        png: also write a PNG beside it.
 
     Returns:
         Whether it was written: matplotlib (the `plots` extra) may be missing, or nothing is there to draw.
@@ -38,7 +39,7 @@ def draw(results: Sequence[CellResult], path: Path) -> bool:
     cases = [case for case in CASES if any(result.cell.case == case for result in drawn)]
     by_case = {case: [result for result in drawn if result.cell.case == case] for case in cases}
     heights = [len(found) + 1.0 for found in by_case.values()]
-    with matplotlib.rc_context({"svg.hashsalt": "moesaic", "font.size": 8}):
+    with matplotlib.rc_context({"svg.hashsalt": "moesaic", "svg.fonttype": "none", "font.size": 8}):
         figure = Figure(figsize=(9.0, 0.26 * sum(heights) + 0.5 * len(cases) + 0.9), layout="constrained")
         axes = figure.subplots(len(cases), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
         styles = _styles(drawn)
@@ -50,7 +51,7 @@ def draw(results: Sequence[CellResult], path: Path) -> bool:
             handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
         ordered = [name for name in styles if name in handles]
         figure.legend([handles[name] for name in ordered], ordered, loc="outside lower center", ncols=4, frameon=False)
-        for canvas, kind in ((FigureCanvasSVG, "svg"), (FigureCanvasAgg, "png")):
+        for canvas, kind in ((FigureCanvasSVG, "svg"), (FigureCanvasAgg, "png"))[: 1 + png]:
             canvas(figure)
             with atomic_file(path.with_suffix(f".{kind}")) as temporary:
                 metadata = {"Date": None} if kind == "svg" else {"Software": None}

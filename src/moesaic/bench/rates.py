@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from moesaic.bench.device import cache_bytes, synchronise
+from moesaic.layer.kernels.native import decode
 
 REPEATS = 5
 
@@ -48,6 +49,11 @@ def _bandwidths(device: str, quick: bool) -> dict[str, float]:
         "torch sum": lambda: buffer.sum(),
         "torch maximum": lambda: buffer.amax(),
     }
+    if torch.device(device).type == "cpu" and decode.available():
+        columns = 4096
+        matrix, vector = buffer[: count // columns * columns].view(-1, columns), torch.ones(1, columns)
+        plan = decode.LinearsPlan([(matrix, None)])
+        readers["native matrix times vector"] = lambda: plan(vector)
     size = buffer.numel() * buffer.element_size()
     return {name: size / _best(reader, device) for name, reader in readers.items()}
 

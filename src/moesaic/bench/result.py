@@ -30,6 +30,7 @@ class Row:
             "not reached" one that an interruption came before.
         reason: why it is not measured.
         note: what a reader should know.
+        default: whether it is what its family does when nobody chooses: the kernel that "auto" takes.
         samples: one number a round, in the unit of the case: seconds a call, or bytes.
         facts: more, such as the tokens that a model generated.
     """
@@ -39,6 +40,7 @@ class Row:
     status: Status
     reason: str = ""
     note: str = ""
+    default: bool = False
     samples: list[float] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -133,6 +135,12 @@ class CellResult:
     def measured(self, name: str) -> Row | None:
         """The row of a contender, if it was measured."""
         return next((row for row in self.rows if row.name == name and row.measured), None)
+
+    @property
+    def ours(self) -> Row | None:
+        """What moesaic does by itself here: the kernel that "auto" takes, or the faster of two ways to run a model."""
+        chosen = next((row for row in self.rows if row.family == "moesaic" and row.default and row.measured), None)
+        return chosen or self.best("moesaic")
 
     def best(self, family: str) -> Row | None:
         """The fastest of a family."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import math
 import os
@@ -84,7 +85,8 @@ def run_bench(
     Args:
         cells: what to measure.
         options: how.
-        earlier: results of an earlier run; finished cells among them are not measured again.
+        earlier: results of an earlier run; what they have of the same seed, rounds and contenders is not
+            measured again.
         keep: gets each result as soon as it is there, also a partial one.
         tell: gets the cell and what is going on.
 
@@ -101,7 +103,7 @@ def run_bench(
     people = chosen(contenders(llama_cpp=options.llama_cpp), options.only, options.skip)
     known = {result.cell: result for result in earlier}
     threads_before = torch.get_num_threads()
-    run = BenchRun(results=[known[cell] for cell in cells if cell in known and known[cell].finished])
+    run = BenchRun(results=[known[cell] for cell in cells if cell in known and _covers(known[cell], people, options)])
     done = {result.cell for result in run.results}
     run.missing = [cell for cell in cells if cell not in done]
     layers, models, rates = Layers(options.seed), Models(options.model, options.seed), {}
@@ -155,6 +157,18 @@ def _measure(
         measure_memory(result, people, options, deadline, tell)
 
 
+def _covers(result: CellResult, people: Sequence[Contender], options: Options) -> bool:
+    """Whether an earlier result has all that is asked for."""
+    if not result.finished or result.facts["seed"] != options.seed or result.facts["rounds"] < options.rounds:
+        return False
+    if result.cell.kind.model and any(
+        result.facts[name] != value for name, value in dataclasses.asdict(options.model).items()
+    ):
+        return False
+    have = {row.name for row in result.rows}
+    return all(person.name in have for person in people if person.takes(result.cell))
+
+
 def _rates(cell: Cell, known: dict[tuple[str, int, str], Rates], quick: bool) -> Rates:
     key = (cell.dtype, cell.threads, cell.device)
     if key not in known:
@@ -168,7 +182,7 @@ def chosen(people: Sequence[Contender], only: Sequence[str], skip: Sequence[str]
     Raises:
         ConfigError: for a pattern that matches nobody.
     """
-    names = [person.name for person in people]
+    names = list(dict.fromkeys(person.name for person in people))
     for option, patterns in (("--only", only), ("--skip", skip)):
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):

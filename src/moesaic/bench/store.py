@@ -47,25 +47,27 @@ class Store(Saved):
         path: the file, made with the first result.
         machine: machine and versions in a sentence.
         command: how the run was started.
+        restart: forget earlier results of another machine instead of refusing them.
 
     Raises:
         ConfigError: if the file holds results of another machine or other versions.
         DataError: if it can't be read.
     """
 
-    def __init__(self, path: Path, machine: str, command: str) -> None:
+    def __init__(self, path: Path, machine: str, command: str, *, restart: bool = False) -> None:
         super().__init__(machine)
         self.path = path
         if path.exists():
             earlier = read(path)
-            if earlier.machine != machine:
+            if earlier.machine == machine:
+                self.commands, self.results = earlier.commands, earlier.results
+            elif not restart:
                 raise ConfigError(
                     "--output",
                     str(path.parent),
                     f"holds results of {earlier.machine}, and this is {machine}",
                     "choose another folder, or --restart",
                 )
-            self.commands, self.results = earlier.commands, earlier.results
         self._command = command
 
     def keep(self, result: CellResult) -> None:

@@ -49,14 +49,21 @@ def ratio(value: float | None) -> str:
     return "-" if value is None else number(value)
 
 
-def under(result: CellResult) -> str:
-    """The line below the table: floor and what it is made of."""
+def under(result: CellResult) -> list[str]:
+    """The line below the table of a timed case: the floor and what it is made of; for models also tokens a second."""
+    if not result.cell.kind.timed:
+        return []
     rates, work = result.rates, result.work
     by = "bytes" if work.bytes / rates.bandwidth > work.flops / rates.gemm else "FLOPs"
-    return (
-        f"floor {number(1e3 * result.floor)} ms by {by}: {work.bytes / 1e6:.0f} MB at {rates.bandwidth / 1e9:.1f} GB/s, "
-        f"{work.flops / 1e9:.3g} GFLOP at {rates.gemm / 1e9:.0f} GFLOP/s"
-    )
+    lines = [
+        f"floor {number(1e3 * result.floor)} ms by {by}: {work.bytes / 1e6:,.0f} MB at {rates.bandwidth / 1e9:.1f} GB/s "
+        f"({rates.bandwidth_by}), {work.flops / 1e9:.3g} GFLOP at {rates.gemm / 1e9:,.0f} GFLOP/s"
+    ]
+    if result.cell.kind.model:
+        tokens = 1 if result.cell.kind.cold else result.cell.tokens
+        speeds = [f"{row.name} {tokens / row.median:,.0f}" for row in result.rows if row.measured]
+        lines.append(f"tokens/s: {', '.join(speeds)}")
+    return lines
 
 
 def remarks(result: CellResult) -> list[str]:

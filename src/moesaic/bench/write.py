@@ -7,31 +7,29 @@ from pathlib import Path
 
 from moesaic.bench.page import Files, render
 from moesaic.bench.plot import draw
-from moesaic.bench.store import Saved, read
+from moesaic.bench.store import read
 from moesaic.files import write_text
 
 STEM = "kernels"
 
 
-def write_page(source: Path, folder: Path, *, stem: str = STEM) -> Path:
-    """Write STEM.md, STEM.json and, with matplotlib, STEM.svg and STEM.png into `folder`.
+def write_page(source: Path, folder: Path, *, stem: str = STEM, png: bool = True) -> Path:
+    """Write STEM.md, STEM.json and, with matplotlib, STEM.svg (and STEM.png) into `folder`.
 
     Args:
         source: a file of results.
         folder: made if missing.
         stem: name of the files.
+        png: whether the plot is also wanted as PNG.
 
     Returns:
         The page.
     """
-    content = source.read_text(encoding="utf-8")
-    saved: Saved = read(source)
+    saved = read(source)
     numbers = folder / f"{stem}.json"
-    if numbers.resolve() != source.resolve():
-        # Smaller than what it was read from, since samples are nanoseconds at best.
-        write_text(numbers, json.dumps(_rounded(json.loads(content)), indent=1) + "\n")
+    write_text(numbers, json.dumps(_rounded(saved.to_dict()), separators=(",", ":")) + "\n")
     plot = folder / f"{stem}.svg"
-    plotted = draw(list(saved.results.values()), plot)
+    plotted = draw(list(saved.results.values()), plot, png=png)
     page = folder / f"{stem}.md"
     write_text(page, render(saved, Files(numbers.name, plot.name if plotted else None)))
     return page

@@ -72,7 +72,7 @@ def command(
     compare: Annotated[
         Path | None, typer.Option(help="bench.json of an earlier run, whose medians are put beside these.")
     ] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Measure again what is there.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Measure again what this command asks for.")] = False,
     json: Json = False,
 ) -> None:
     """Measure expert kernels beside transformers' and beside dense layers, in turns in one process.
@@ -106,12 +106,14 @@ def command(
     )
     earlier = None if compare is None else bench.read(compare)
     path = output / bench.NAME
+    store = bench.Store(path, describe_machine(), _command_line(sys.argv[1:]), restart=restart)
     if restart:
-        path.unlink(missing_ok=True)
-    store = bench.Store(path, describe_machine(), shlex.join(["moesaic", *sys.argv[1:]]))
+        for cell in wanted:
+            store.results.pop(cell, None)
     with _shown(wanted, store, json) as (keep, tell):
         run = bench.run_bench(wanted, options, earlier=store.results.values(), keep=keep, tell=tell)
-    pages = [bench.write_page(path, folder) for folder in (output, docs) if folder is not None and store.results]
+    folders = [folder for folder in (output, docs) if folder is not None and store.results]
+    pages = [bench.write_page(path, folder, png=folder is output) for folder in folders]
     found = [] if earlier is None else bench.changes(earlier, store)
     if json:
         compared = {} if earlier is None else {"changes": [change.to_dict() for change in found]}
@@ -165,7 +167,7 @@ def _print(result: CellResult) -> None:
         if row.measured:
             table.add_row(*map(escape, tables.values(result, row)), style="green" if row.family == "moesaic" else "")
     results.print(table)
-    for line in [tables.under(result), *tables.remarks(result)]:
+    for line in [*tables.under(result), *tables.remarks(result)]:
         results.print(escape(line), style="dim", highlight=False, soft_wrap=True)
     results.print()
 
@@ -183,6 +185,20 @@ def _print_changes(found: list[bench.Change], before: str, after: str) -> None:
         numbers = (tables.number(scale * value) for value in (change.before, change.after))
         table.add_row(change.cell.label, change.name, *numbers, tables.number(change.ratio))
     results.print(table)
+
+
+def _command_line(arguments: list[str]) -> str:
+    """The command as others can give it: without the paths of this machine."""
+    found, private = ["moesaic"], False
+    for argument in arguments:
+        option, equals, _ = argument.partition("=")
+        if private:
+            argument = "PYTHON"
+        elif option == "--llama-cpp" and equals:
+            argument = f"{option}=PYTHON"
+        private = argument == "--llama-cpp"
+        found.append(argument)
+    return shlex.join(found)
 
 
 def _cases(text: str) -> list[Case]:

@@ -23,9 +23,11 @@ class Entry(ABC):
 
     Attributes:
         note: what a reader of its numbers should know.
+        default: whether it is what its family does when nobody chooses.
     """
 
     note: str = ""
+    default: bool = False
 
     @abstractmethod
     def outcome(self) -> dict[str, Tensor] | None:

@@ -36,7 +36,9 @@ class KernelContender(LayerContender):
             raise Unavailable(str(error)) from None
         chosen = select("auto", case, KERNELS).name == self.kernel
         forward = partial(_forward, "auto" if chosen else self.kernel)
-        return LayerEntry(cell, inputs.calls, forward, note="chosen by auto" if chosen else "")
+        entry = LayerEntry(cell, inputs.calls, forward, note="chosen by auto" if chosen else "")
+        entry.default = chosen
+        return entry
 
 
 def _forward(kernel: str, call: Call) -> Tensor:

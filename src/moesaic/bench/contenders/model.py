@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,6 +17,8 @@ from moesaic.bench.contenders.base import Contender, Entry, Unavailable
 from moesaic.bench.contenders.stock import IMPLEMENTATIONS, refusal
 from moesaic.bench.models import SINGLE_TOKENS, BenchModel, Generated, decoded_logits, generate
 from moesaic.hf.experts import IMPLEMENTATION
+from moesaic.infer.decode import fast_decoding
+from moesaic.layer.kernels.native import decode
 
 Mode = Callable[[PreTrainedModel], AbstractContextManager[object]]
 
@@ -135,12 +138,18 @@ def _as_it_is(model: PreTrainedModel) -> Iterator[None]:
     yield
 
 
+def _no_fast_decoding(cell: Cell) -> str | None:
+    if torch.device(cell.device).type != "cpu":
+        return "is for CPU"
+    return None if decode.available() else "the native library was not built"
+
+
 def model_contenders() -> list[Contender]:
     """Ours, then one for each implementation of transformers."""
-    ours = StockModel("moesaic:experts", "moesaic", partial(experts_implementation, IMPLEMENTATION))
     return [
         DenseModel(),
-        ours,
+        StockModel("moesaic:experts", "moesaic", partial(experts_implementation, IMPLEMENTATION)),
+        StockModel("moesaic:fast_decoding", "moesaic", fast_decoding, _no_fast_decoding),
         *(
             StockModel(
                 f"transformers:{name}",
