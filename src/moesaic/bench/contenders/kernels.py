@@ -28,6 +28,8 @@ class KernelContender(LayerContender):
 
     def enter(self, cell: Cell, inputs: LayerInputs) -> Entry:
         call = inputs.calls[0]
+        if self.kernel == "triton" and torch.device(cell.device).type == "cpu":
+            raise Unavailable("needs a CUDA device")  # where it runs on a CPU, it is Triton's interpreter
         with torch.set_grad_enabled(cell.kind.backward):
             case = Case.of(call.weights, call.x_TD, call.index_TK, call.weight_TK)
         try:
