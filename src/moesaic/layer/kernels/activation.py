@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 FusedName = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu"]
 
@@ -59,9 +59,12 @@ def _elementwise(name: FusedName, x: Tensor) -> Tensor:
             raise ValueError("clamped_swiglu is gated and needs alpha and limit")
 
 
-# Classes of torch and of transformers' ACT2FN, by name: this room imports no transformers. Only those whose forward has
-# no options are here. tests/hf/test_fused_activation.py compares the numbers.
-_BY_CLASS: dict[str, FusedName] = {
+# Functions and classes of torch and of transformers' ACT2FN, by name: this room imports no transformers. Only classes
+# whose forward has no options are here. tests/hf/test_fused_activation.py compares the numbers.
+_BY_NAME: dict[str, FusedName] = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "relu": "relu",
     "SiLU": "silu",
     "SiLUActivation": "silu",
     "GELUActivation": "gelu",
@@ -99,7 +102,8 @@ def recognise(module: Any) -> FusedActivation | None:
         # An own gate may do anything. The default one splits in halves.
         if gate_name != _DEFAULT_GATE or "_apply_gate" in own:
             return None
-    name = _BY_CLASS.get(_class_name(type(module.act_fn)))
+    act_fn = module.act_fn
+    name = _BY_NAME.get(_activation_name(type(act_fn) if isinstance(act_fn, nn.Module) else act_fn))
     return None if name is None else FusedActivation(name, bool(module.has_gate))
 
 
@@ -110,12 +114,12 @@ def _gate_name(experts_class: type) -> str:
 
 
 @torch.compiler.assume_constant_result
-def _class_name(activation_class: type) -> str:
-    return _known_name(activation_class)
+def _activation_name(activation: Any) -> str:
+    return _known_name(activation)
 
 
 @functools.lru_cache(maxsize=256)
 def _known_name(thing: Any) -> str:
     """Its qualified name if torch or transformers define it: others may give another thing the same name."""
-    package = getattr(thing, "__module__", "").partition(".")[0]
-    return thing.__qualname__ if package in _KNOWN_PACKAGES else ""
+    package = (getattr(thing, "__module__", None) or "").partition(".")[0]
+    return getattr(thing, "__qualname__", "") if package in _KNOWN_PACKAGES else ""
