@@ -121,7 +121,7 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--capability", type=int, default=90)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="bfloat16", help="of torch, or tf32 for float32 on tensor cores")
     parser.add_argument("--rows", type=int, default=128, help="rows per expert")
     parser.add_argument("--formula", choices=FORMULAS, default="gated")
     parser.add_argument("--bias", action="store_true")
@@ -129,9 +129,10 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     args = parser.parse_args()
     compiled = record_kernels(args.capability)
+    torch.backends.cuda.matmul.allow_tf32 = args.dtype == "tf32"
     run(
         FORMULAS[args.formula],
-        getattr(torch, args.dtype),
+        torch.float32 if args.dtype == "tf32" else getattr(torch, args.dtype),
         args.rows,
         bias=args.bias,
         transposed=args.transposed,

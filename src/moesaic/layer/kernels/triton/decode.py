@@ -5,7 +5,7 @@ them is all the time there is. One program reads a strip of one expert's matrix;
 """
 
 # Triton's types describe neither launches nor values inside kernels.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from moesaic.layer.kernels.triton.formula import Formula
 
 # Up to so many picks, T*K. Beyond, rows begin to share experts, and a product that reads each expert once is better.
 MAX_PICKS = 64
+STAGES = 4
 
 
 def decode(
@@ -33,7 +34,7 @@ def decode(
     """The whole layer for few tokens, y_TD; the tensors are those of `ExpertWeights`, contiguous but for the weights."""
     (tokens, top_k), (num_experts, hidden_size, width) = index_TK.shape, down_NDF.shape
     hidden_PF = x_TD.new_empty(tokens * top_k, width)
-    outs, inner = _strip(up_NHD)
+    outs, inner = _strip(up_NHD, 8)
     outs = min(outs, triton.next_power_of_2(width))
     _decode_up[(index_TK.numel(), triton.cdiv(width, outs))](
         x_TD,
@@ -56,10 +57,11 @@ def decode(
         HAS_BIAS=up_bias_NH is not None,
         BLOCK_OUT=outs,
         BLOCK_IN=min(inner, triton.next_power_of_2(hidden_size)),
+        STAGES=STAGES,
         num_warps=4,
     )
     y_TD = x_TD.new_empty(tokens, hidden_size)
-    outs, inner = _strip(down_NDF)
+    outs, inner = _strip(down_NDF, 4)
     outs = min(outs, triton.next_power_of_2(hidden_size))
     _decode_down[(tokens, triton.cdiv(hidden_size, outs))](
         hidden_PF,
@@ -78,14 +80,18 @@ def decode(
         HAS_BIAS=down_bias_ND is not None,
         BLOCK_OUT=outs,
         BLOCK_IN=min(inner, triton.next_power_of_2(width)),
+        STAGES=STAGES,
         num_warps=4,
     )
     return y_TD
 
 
-def _strip(weight_NOI: Tensor) -> tuple[int, int]:
-    """(outs, inner) of a block: long where the weights are contiguous, and few outputs, so that there are many programs."""
-    return (8, 256) if weight_NOI.stride(2) == 1 else (64, 32)
+def _strip(weight_NOI: Tensor, outs: int) -> tuple[int, int]:
+    """(outs, inner) of a block: long where the weights are contiguous, so that loads are wide; few outputs make many programs.
+
+    The second projection has a program for each token, the first one for each pick, so its strips are wider.
+    """
+    return (outs, 2048 // outs) if weight_NOI.stride(2) == 1 else (8 * outs, 256 // outs)
 
 
 @triton.jit
@@ -110,42 +116,61 @@ def _decode_up(
     HAS_BIAS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """act(x @ up[e].T + bias[e]) for one pick and BLOCK_OUT columns."""
     pick = tl.program_id(0).to(tl.int64)
     expert = tl.load(index_ptr + pick).to(tl.int64)
     if expert >= num_experts:
         return
-    out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    mask = out < width
-    gate_row = 2 * out if INTERLEAVED else out
-    up_row = 2 * out + 1 if INTERLEAVED else width + out
+    first = tl.program_id(1) * BLOCK_OUT
     inner = tl.arange(0, BLOCK_IN)
     x_ptr += (pick // top_k) * size_in
     weight_ptr += expert * stride_expert
-    gates = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
-    ups = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
-    for start in range(0, size_in, BLOCK_IN):
-        column = start + inner
-        x = tl.load(x_ptr + column, mask=column < size_in, other=0.0).to(tl.float32)
-        block_mask = mask[:, None] & (column < size_in)[None, :]
-        columns = (column * stride_in)[None, :]
-        block = tl.load(weight_ptr + (gate_row * stride_out)[:, None] + columns, mask=block_mask, other=0.0)
-        gates += block.to(tl.float32) * x[None, :]
-        if GATED:
-            block = tl.load(weight_ptr + (up_row * stride_out)[:, None] + columns, mask=block_mask, other=0.0)
-            ups += block.to(tl.float32) * x[None, :]
-    gate = tl.sum(gates, axis=1)
     if HAS_BIAS:
         bias_ptr += expert * (2 * width if GATED else width)
-        gate += tl.load(bias_ptr + gate_row, mask=mask, other=0.0).to(tl.float32)
-    hidden = activate(gate, ACTIVATION, alpha, limit)
-    if GATED:
-        up = tl.sum(ups, axis=1)
+    if INTERLEAVED:
+        # Gate and up are neighbours: read both as they lie.
+        pair = 2 * first + tl.arange(0, 2 * BLOCK_OUT)
+        pair_mask = pair < 2 * width
+        sums = tl.zeros((2 * BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
+        for start in tl.range(0, size_in, BLOCK_IN, num_stages=STAGES):
+            column = start + inner
+            x = tl.load(x_ptr + column, mask=column < size_in, other=0.0).to(tl.float32)
+            block_ptrs = weight_ptr + (pair * stride_out)[:, None] + (column * stride_in)[None, :]
+            block = tl.load(block_ptrs, mask=pair_mask[:, None] & (column < size_in)[None, :], other=0.0)
+            sums += block.to(tl.float32) * x[None, :]
+        pairs = tl.sum(sums, axis=1)
         if HAS_BIAS:
-            up += tl.load(bias_ptr + up_row, mask=mask, other=0.0).to(tl.float32)
-        hidden *= factor(up, ACTIVATION, limit)
-    tl.store(hidden_ptr + pick * width + out, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
+            pairs += tl.load(bias_ptr + pair, mask=pair_mask, other=0.0).to(tl.float32)
+        gate, up = tl.split(tl.reshape(pairs, (BLOCK_OUT, 2)))
+        hidden = activate(gate, ACTIVATION, alpha, limit) * factor(up, ACTIVATION, limit)
+        out = first + tl.arange(0, BLOCK_OUT)
+        tl.store(hidden_ptr + pick * width + out, hidden.to(hidden_ptr.dtype.element_ty), mask=out < width)
+    else:
+        out = first + tl.arange(0, BLOCK_OUT)
+        mask = out < width
+        gates = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
+        ups = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
+        for start in tl.range(0, size_in, BLOCK_IN, num_stages=STAGES):
+            column = start + inner
+            x = tl.load(x_ptr + column, mask=column < size_in, other=0.0).to(tl.float32)
+            block_mask = mask[:, None] & (column < size_in)[None, :]
+            block_ptrs = weight_ptr + (out * stride_out)[:, None] + (column * stride_in)[None, :]
+            gates += tl.load(block_ptrs, mask=block_mask, other=0.0).to(tl.float32) * x[None, :]
+            if GATED:
+                up_block = tl.load(block_ptrs + width * stride_out, mask=block_mask, other=0.0)
+                ups += up_block.to(tl.float32) * x[None, :]
+        gate = tl.sum(gates, axis=1)
+        if HAS_BIAS:
+            gate += tl.load(bias_ptr + out, mask=mask, other=0.0).to(tl.float32)
+        hidden = activate(gate, ACTIVATION, alpha, limit)
+        if GATED:
+            up = tl.sum(ups, axis=1)
+            if HAS_BIAS:
+                up += tl.load(bias_ptr + width + out, mask=mask, other=0.0).to(tl.float32)
+            hidden *= factor(up, ACTIVATION, limit)
+        tl.store(hidden_ptr + pick * width + out, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -166,28 +191,34 @@ def _decode_down(
     HAS_BIAS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """The weighted sum over the picks of one token, for BLOCK_OUT columns."""
     token = tl.program_id(0).to(tl.int64)
     out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     mask = out < outs
     inner = tl.arange(0, BLOCK_IN)
-    total = tl.zeros((BLOCK_OUT,), dtype=tl.float32)
-    for k in range(TOP_K):
-        pick = token * TOP_K + k
+    blocks = tl.cdiv(size_in, BLOCK_IN)
+    sums = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
+    # One loop over picks and blocks, so that the loads of the next pick do not wait for the sums of this one.
+    for step in tl.range(0, TOP_K * blocks, num_stages=STAGES):
+        pick = token * TOP_K + step // blocks
         expert = tl.load(index_ptr + pick).to(tl.int64)
-        if expert < num_experts:
-            sums = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
-            for start in range(0, size_in, BLOCK_IN):
-                column = start + inner
-                hidden = tl.load(hidden_ptr + pick * size_in + column, mask=column < size_in, other=0.0).to(tl.float32)
-                block_ptrs = (
-                    weight_ptr + expert * stride_expert + (out * stride_out)[:, None] + (column * stride_in)[None, :]
-                )
-                block = tl.load(block_ptrs, mask=mask[:, None] & (column < size_in)[None, :], other=0.0)
-                sums += block.to(tl.float32) * hidden[None, :]
-            row = tl.sum(sums, axis=1)
-            if HAS_BIAS:
-                row += tl.load(bias_ptr + expert * outs + out, mask=mask, other=0.0).to(tl.float32)
-            total += row * tl.load(combine_ptr + pick).to(tl.float32)
+        # A pick of no expert has no columns.
+        size = tl.where(expert < num_experts, size_in, 0)
+        column = (step % blocks) * BLOCK_IN + inner
+        column_mask = column < size
+        hidden = tl.load(hidden_ptr + pick * size_in + column, mask=column_mask, other=0.0).to(tl.float32)
+        block_ptrs = weight_ptr + expert * stride_expert + (out * stride_out)[:, None] + (column * stride_in)[None, :]
+        block = tl.load(block_ptrs, mask=mask[:, None] & column_mask[None, :], other=0.0)
+        combine = tl.load(combine_ptr + pick, mask=expert < num_experts, other=0.0).to(tl.float32)
+        sums += block.to(tl.float32) * (hidden * combine)[None, :]
+    total = tl.sum(sums, axis=1)
+    if HAS_BIAS:
+        for k in range(TOP_K):
+            pick = token * TOP_K + k
+            expert = tl.load(index_ptr + pick).to(tl.int64)
+            combine = tl.load(combine_ptr + pick, mask=expert < num_experts, other=0.0).to(tl.float32)
+            bias_mask = out < tl.where(expert < num_experts, outs, 0)
+            total += combine * tl.load(bias_ptr + expert * outs + out, mask=bias_mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + token * outs + out, total.to(y_ptr.dtype.element_ty), mask=mask)

@@ -7,6 +7,10 @@ and with the path for few rows. An activation that the kernels don't know runs i
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,12 +25,26 @@ from moesaic.layer.kernels.triton.schedule import Schedule, make_schedule, sort_
 from moesaic.layer.kernels.triton.weight_gradient import bias_gradient, weight_gradient
 
 
+def _op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """A custom op that launches on the device of its first tensor: Triton takes the current one."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def on_its_device(*args: Any) -> Any:
+            with torch.cuda.device_of(args[0]):
+                return function(*args)
+
+        return torch.library.custom_op(name, on_its_device, mutates_args=())
+
+    return decorate
+
+
 def _schedule(pick_S: Tensor, end_N: Tensor, dtype: torch.dtype) -> Schedule:
     rows = pick_S.numel()
     return make_schedule(end_N, rows, tiles.block_rows(rows / end_N.numel(), dtype))
 
 
-@torch.library.custom_op("moesaic::triton_experts", mutates_args=())
+@_op("moesaic::triton_experts")
 def triton_experts(
     x_TD: Tensor,
     up_NHD: Tensor,
@@ -67,7 +85,7 @@ def _(
     return torch.empty_like(x_TD), x_TD.new_empty(pick_S.shape[0], up_NHD.shape[1])
 
 
-@torch.library.custom_op("moesaic::triton_experts_inference", mutates_args=())
+@_op("moesaic::triton_experts_inference")
 def triton_experts_inference(
     x_TD: Tensor,
     up_NHD: Tensor,
@@ -104,7 +122,7 @@ def _(x_TD, *_):
     return torch.empty_like(x_TD)
 
 
-@torch.library.custom_op("moesaic::triton_gather_linear", mutates_args=())
+@_op("moesaic::triton_gather_linear")
 def triton_gather_linear(
     x_TD: Tensor,
     weight_NHD: Tensor,
@@ -131,7 +149,7 @@ def _(x_TD, weight_NHD, bias_NH, index_TK, pick_S, end_N, atomic):
     return x_TD.new_empty(pick_S.shape[0], weight_NHD.shape[1])
 
 
-@torch.library.custom_op("moesaic::triton_linear_scatter", mutates_args=())
+@_op("moesaic::triton_linear_scatter")
 def triton_linear_scatter(
     rows_SF: Tensor,
     weight_NDF: Tensor,
@@ -154,7 +172,7 @@ def _(rows_SF, weight_NDF, bias_ND, combine_TK, index_TK, pick_S, end_N, atomic)
     return rows_SF.new_empty(index_TK.shape[0], weight_NDF.shape[1])
 
 
-@torch.library.custom_op("moesaic::triton_hidden_gradient", mutates_args=())
+@_op("moesaic::triton_hidden_gradient")
 def triton_hidden_gradient(
     grad_TD: Tensor,
     down_NDF: Tensor,
@@ -195,7 +213,7 @@ def _(
     return torch.empty_like(up_SH), up_SH.new_empty(up_SH.shape[0], down_NDF.shape[2]), torch.empty_like(combine_TK)
 
 
-@torch.library.custom_op("moesaic::triton_weight_gradient", mutates_args=())
+@_op("moesaic::triton_weight_gradient")
 def triton_weight_gradient(
     left: Tensor, right: Tensor, pick_S: Tensor, end_N: Tensor, top_k: int, like_NOI: Tensor, gather_left: bool
 ) -> Tensor:
@@ -210,7 +228,7 @@ def _(left, right, pick_S, end_N, top_k, like_NOI, gather_left):
     return torch.empty_like(like_NOI)
 
 
-@torch.library.custom_op("moesaic::triton_bias_gradient", mutates_args=())
+@_op("moesaic::triton_bias_gradient")
 def triton_bias_gradient(
     rows: Tensor, combine_TK: Tensor | None, pick_S: Tensor, end_N: Tensor, top_k: int, like_NO: Tensor
 ) -> Tensor:
