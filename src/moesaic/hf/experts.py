@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -14,7 +17,7 @@ from moesaic.hf.compat import (
 )
 from moesaic.hf.expert_kernels import SKIP_NO_EXPERT, model_kernels
 from moesaic.layer import Experts, ExpertsConfig, MoESpec
-from moesaic.layer.kernels import ExpertWeights, Kernel, run_experts
+from moesaic.layer.kernels import Case, ExpertWeights, Kernel, run_experts, select
 
 IMPLEMENTATION = "moesaic"
 
@@ -88,16 +91,30 @@ def moesaic_experts_forward(module, hidden_TD: Tensor, index_TK: Tensor, weight_
     Raises:
         UnsupportedKernel: if the module does something between or after the projections that kernels don't know.
     """
-    may_skip = module.may_skip if isinstance(module, Experts) else may_pick_no_expert(module)
+    weights, (kernels, may_skip) = ExpertWeights.of(module), _choices(module)
     return run_experts(
         vars(module).get("kernel", "auto"),
-        ExpertWeights.of(module),
+        weights,
         hidden_TD,
         index_TK,
         weight_TK,
         may_skip=may_skip,
-        kernels=model_kernels(may_skip=may_skip),
+        kernels=kernels,
     )
+
+
+def kernel_of(module: Any, weights: ExpertWeights, hidden_TD: Tensor, top_k: int) -> str:
+    """Name of the kernel that `moesaic_experts_forward` runs for such tokens."""
+    kernels, may_skip = _choices(module)
+    index_TK = torch.zeros(hidden_TD.shape[0], top_k, dtype=torch.int64)
+    case = Case.of(weights, hidden_TD, index_TK, index_TK.to(hidden_TD.dtype), may_skip=may_skip)
+    return select(vars(module).get("kernel", "auto"), case, kernels).name
+
+
+def _choices(module: Any) -> tuple[tuple[Kernel, ...], bool]:
+    """The kernels for a module, and whether its picks may be no expert."""
+    may_skip = module.may_skip if isinstance(module, Experts) else may_pick_no_expert(module)
+    return model_kernels(may_skip=may_skip), may_skip
 
 
 def register() -> None:

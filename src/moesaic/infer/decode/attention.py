@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,12 +12,21 @@ from moesaic.infer.decode import cache, source
 from moesaic.infer.decode.linear import FastLinear
 from moesaic.infer.decode.norm import FastNorm
 from moesaic.infer.decode.swap import PLAN, Fast
+from moesaic.infer.decode.watch import Watch
 from moesaic.layer.kernels.native import decode
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
 # Keywords that change nothing here: the position is in cos and sin, and the cache was given.
 _IDLE = frozenset({"position_ids", "use_cache", "output_router_logits", "return_dict"})
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A plan, or None where there can't be one, as long as `watch` holds."""
+
+    watch: Watch
+    plan: decode.AttentionPlan | None
 
 
 class FastAttention(Fast):
@@ -44,69 +54,93 @@ class FastAttention(Fast):
     ) -> Tensor | None:
         """The output (B, 1, D), or None if this call is not such a step."""
         own: Any = self
-        if x_B1D.dim() != 3 or x_B1D.shape[1] != 1 or x_B1D.shape[0] > decode.ROWS_MOST or position_embeddings is None:
+        held: _Planned | None = own.__dict__[PLAN]
+        if held is None or not held.watch.holds():
+            watch = Watch()
+            weights = weights_of(own, watch)
+            plan = None if weights is None else decode.AttentionPlan(weights)
+            held = own.__dict__[PLAN] = _Planned(watch, plan)
+        if held.plan is None:
             return None
-        layer = cache.layer_of(past_key_values, own.layer_idx)
-        if layer is None or own.config._attn_implementation != "sdpa" or not self._idle(kwargs):
+        step = step_of(own, x_B1D, position_embeddings, attention_mask, past_key_values, kwargs)
+        if step is None:
             return None
-        if own.training and own.attention_dropout:
-            return None
-        plan = self._planned(x_B1D)
-        cos, sin = position_embeddings
-        if plan is None or cos.dtype is not x_B1D.dtype or cos.shape[-1] != own.head_dim:
-            return None
-        held, _ = cache.held_by(layer)
-        length = held.shape[2] + 1
-        mask_BL = None
-        if attention_mask is not None:
-            if attention_mask.dtype is not torch.bool or attention_mask.shape[1:] != (1, 1, length):
-                return None
-            mask_BL = attention_mask[:, 0, 0]
-            if mask_BL.stride(1) != 1:
-                mask_BL = mask_BL.contiguous()
-        if held.dtype is not x_B1D.dtype or held.shape[1] != plan.kv_heads:
-            return None
-        keys, values = cache.room_for_one(layer)
-        y_BD = plan(x_B1D[:, 0], cos[:, 0].contiguous(), sin[:, 0].contiguous(), keys, values, length, mask_BL)
-        cache.take_one(layer, keys, values, length)
+        y_BD = held.plan(x_B1D[:, 0], step.address)
+        step.done()
         return y_BD.unsqueeze(1)
 
-    @staticmethod
-    def _idle(kwargs: dict[str, Any]) -> bool:
-        return all(name in _IDLE or value is None or value is False for name, value in kwargs.items())
 
-    def _planned(self, x: Tensor) -> decode.AttentionPlan | None:
-        own: nn.Module = self  # type: ignore[assignment]
-        addresses = []
-        for name in _PROJECTIONS:
-            child = own._modules[name]
-            if not isinstance(child, FastLinear) or _hooked(child):
-                return None
-            weight = child._parameters["weight"]
-            if weight is None or not decode.suits(x, weight):
-                return None
-            addresses.append(weight.data_ptr())
-        for name in _NORMS:
-            child = own._modules.get(name)
-            if child is not None:
-                if not isinstance(child, FastNorm) or _hooked(child):
-                    return None
-                addresses.append(child._parameters["weight"].data_ptr())  # type: ignore[union-attr]
-        held = own.__dict__[PLAN]
-        if held is None or held[0] != addresses:
-            held = own.__dict__[PLAN] = (addresses, self._plan())
-        return held[1]
+class Step:
+    """One call's place in a cache, which holds the new token when it is `done`."""
 
-    def _plan(self) -> decode.AttentionPlan:
-        own: Any = self
-        q, k, v, o = ((child.weight, child.bias) for child in (own._modules[name] for name in _PROJECTIONS))
-        norms = [own._modules.get(name) for name in _NORMS]
-        q_norm, k_norm = (None if norm is None else (norm.weight, norm.variance_epsilon) for norm in norms)
-        return decode.AttentionPlan(q, k, v, o, own.head_dim, own.scaling, q_norm, k_norm)
+    __slots__ = ("_layer", "_length", "_place", "address")
+
+    def __init__(self, layer: Any, place: decode.Place, length: int, address: int) -> None:
+        self._layer, self._place, self._length, self.address = layer, place, length, address
+
+    def done(self) -> None:
+        """Let the cache hold the new token."""
+        cache.take_one(self._layer, self._place, self._length)
 
 
-def _hooked(module: Any) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def step_of(
+    attention: Any, x_B1D: Tensor, rotation: Any, mask: Any, past_key_values: Any, kwargs: dict[str, Any]
+) -> Step | None:
+    """The step that a call of an attention layer is, or None if it is something else.
+
+    Args:
+        attention: the layer, or one with its attributes.
+        x_B1D: what it attends from.
+        rotation: cos and sin.
+        mask: what it was given as mask.
+        past_key_values: the cache.
+        kwargs: all other keywords.
+    """
+    if x_B1D.dim() != 3 or x_B1D.shape[1] != 1 or x_B1D.shape[0] > decode.ROWS_MOST or rotation is None:
+        return None
+    if not decode.suits(x_B1D, attention._modules["o_proj"]._parameters["weight"]):
+        return None
+    layer = cache.layer_of(past_key_values, attention.layer_idx)
+    if layer is None or attention.config._attn_implementation != "sdpa" or not _idle(kwargs):
+        return None
+    if attention.training and attention.attention_dropout:
+        return None
+    held, _ = cache.held_by(layer)
+    batch, heads, length, width = held.shape
+    dtype, length = x_B1D.dtype, length + 1
+    if held.dtype is not dtype or batch != x_B1D.shape[0] or width != attention.head_dim:
+        return None
+    if heads * width != attention._modules["k_proj"]._parameters["weight"].shape[0]:
+        return None
+    cos, sin = rotation
+    if cos.dtype is not dtype or cos.shape[-1] != width or not (cos.is_contiguous() and sin.is_contiguous()):
+        return None
+    if mask is not None and (
+        mask.dtype is not torch.bool or mask.shape[1:] != (1, 1, length) or (length > 1 and mask.stride(3) != 1)
+    ):
+        return None
+    place = cache.place_in(layer)
+    return Step(layer, place, length, place.at(length, cos, sin, mask))
+
+
+def _idle(kwargs: dict[str, Any]) -> bool:
+    return all(name in _IDLE or value is None or value is False for name, value in kwargs.items())
+
+
+def weights_of(attention: Any, watch: Watch) -> decode.AttentionWeights | None:
+    """The weights of a layer of a known kind, or None if a part of it is not plain; `watch` sees either."""
+    projections = [watch.child(attention, name) for name in _PROJECTIONS]
+    norms = [watch.child(attention, name) for name in _NORMS]
+    plain = all(isinstance(part, FastLinear) for part in projections)
+    plain &= all(part is None or isinstance(part, FastNorm) for part in norms)
+    for part in (*projections, *norms):
+        if isinstance(part, nn.Module):
+            watch.weights(part)
+    if not plain or not watch.holds():
+        return None
+    q, k, v, o = ((part.weight, part.bias) for part in projections)
+    q_norm, k_norm = (None if part is None else (part.weight, part.variance_epsilon) for part in norms)
+    return decode.AttentionWeights(q, k, v, o, attention.head_dim, attention.scaling, q_norm, k_norm)
 
 
 def knows(module: nn.Module) -> bool:
@@ -121,5 +155,5 @@ def knows(module: nn.Module) -> bool:
         half is not None
         and source.says(rotation, source.ROTATION)
         and source.says(half, source.ROTATE_HALF)
-        and all((f"{name}" in module._modules) == normed for name in _NORMS)
+        and all((name in module._modules) == normed for name in _NORMS)
     )

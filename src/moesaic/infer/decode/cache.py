@@ -12,6 +12,8 @@ from typing import cast
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from moesaic.layer.kernels.native import decode
+
 _ROOM = "_native_room"
 _LEAST = 64
 
@@ -20,9 +22,18 @@ _LEAST = 64
 class _Room:
     """Buffers (B, heads, room, width) of one cache layer; `owner` tells its layer from a shallow copy of that."""
 
-    keys: Tensor
-    values: Tensor
+    place: decode.Place
     owner: int
+
+    def is_that_of(self, layer: DynamicLayer, keys: Tensor, values: Tensor) -> bool:
+        """Whether a layer holds the front of these buffers, with room behind."""
+        return (
+            self.owner == id(layer)
+            and keys.shape[2] < self.place.keys.shape[2]
+            and keys.data_ptr() == self.place.keys.data_ptr()
+            and values.data_ptr() == self.place.values.data_ptr()
+            and keys.stride() == self.place.keys.stride()
+        )
 
 
 def layer_of(cache: object, index: int) -> DynamicLayer | None:
@@ -40,31 +51,24 @@ def held_by(layer: DynamicLayer) -> tuple[Tensor, Tensor]:
     return cast(Tensor, layer.keys), cast(Tensor, layer.values)
 
 
-def room_for_one(layer: DynamicLayer) -> tuple[Tensor, Tensor]:
-    """Keys and values of a layer as buffers with room for another token, behind the ones it holds."""
+def place_in(layer: DynamicLayer) -> decode.Place:
+    """Buffers with what a layer holds in front and room for another token behind."""
     keys, values = held_by(layer)
-    length = keys.shape[2]
-    room = vars(layer).get(_ROOM)
-    if (
-        room is not None
-        and room.owner == id(layer)
-        and length < room.keys.shape[2]
-        and keys.data_ptr() == room.keys.data_ptr()
-        and values.data_ptr() == room.values.data_ptr()
-        and keys.stride() == room.keys.stride()
-    ):
-        return room.keys, room.values
-    batch, heads, _, width = keys.shape
+    room: _Room | None = vars(layer).get(_ROOM)
+    if room is not None and room.is_that_of(layer, keys, values):
+        return room.place
+    batch, heads, length, width = keys.shape
     size = max(_LEAST, length + length // 2 + 1)
     grown = []
     for part in (keys, values):
         buffer = part.new_empty(batch, heads, size, width)
         buffer[:, :, :length] = part
         grown.append(buffer)
-    vars(layer)[_ROOM] = room = _Room(grown[0], grown[1], id(layer))
-    return room.keys, room.values
+    place = decode.Place(*grown)
+    vars(layer)[_ROOM] = _Room(place, id(layer))
+    return place
 
 
-def take_one(layer: DynamicLayer, keys: Tensor, values: Tensor, length: int) -> None:
+def take_one(layer: DynamicLayer, place: decode.Place, length: int) -> None:
     """Let the layer hold `length` tokens of the buffers."""
-    layer.keys, layer.values = keys.narrow(2, 0, length), values.narrow(2, 0, length)
+    layer.keys, layer.values = place.keys.narrow(2, 0, length), place.values.narrow(2, 0, length)

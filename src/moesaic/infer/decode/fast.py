@@ -11,8 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moesaic.hf.experts import IMPLEMENTATION
-from moesaic.infer.decode import attention, linear, norm, router, swap
+from moesaic.infer.decode import attention, layer, linear, norm, router, swap
 from moesaic.infer.decode.attention import FastAttention
+from moesaic.infer.decode.layer import FastLayer
 from moesaic.infer.decode.linear import FastLinear
 from moesaic.infer.decode.norm import FastNorm
 from moesaic.infer.decode.router import FastSoftmaxRouter, FastTopKRouter
@@ -27,6 +28,7 @@ _KINDS: dict[type[Fast], str] = {
     FastLinear: "linear maps",
     FastNorm: "norms",
     FastAttention: "attention layers",
+    FastLayer: "decoder layers",
     FastTopKRouter: "routers",
     FastSoftmaxRouter: "routers",
 }
@@ -117,4 +119,6 @@ def _mixin_for(module: nn.Module) -> type[Fast] | None:
         return FastNorm
     if attention.knows(module):
         return FastAttention
+    if layer.knows(module):
+        return FastLayer
     return router.mixin_for(module)

@@ -29,9 +29,8 @@ class FastTopKRouter(Fast):
             return self._plain.forward(own, x_TD, context)
         plan = own.__dict__[PLAN]
         if plan is None or plan.address != weight_ND.data_ptr():
-            plan = own.__dict__[PLAN] = decode.RouterPlan(weight_ND, own.bias, _rule(own.config))
-        logits_TN, scores_TN, index_TK, weight_TK = plan(x_TD)
-        return Routing(index_TK, weight_TK, logits_TN, scores_TN, scores_TN)
+            plan = own.__dict__[PLAN] = decode.RouterPlan(weight_ND, own.bias, rule_of(own))
+        return record_of(plan(x_TD))
 
 
 class FastSoftmaxRouter(Fast):
@@ -50,8 +49,7 @@ class FastSoftmaxRouter(Fast):
             return self._plain.forward(own, hidden_states)
         plan = own.__dict__[PLAN]
         if plan is None or plan.address != weight_ND.data_ptr():
-            rule = decode.RouterRule(own.top_k, normalize=own.norm_topk_prob, round_logits=True, round_weights=True)
-            plan = own.__dict__[PLAN] = decode.RouterPlan(weight_ND, None, rule)
+            plan = own.__dict__[PLAN] = decode.RouterPlan(weight_ND, None, rule_of(own))
         logits_TN, _, index_TK, weight_TK = plan(x_TD)
         return logits_TN.to(x_TD.dtype), weight_TK.to(x_TD.dtype), index_TK
 
@@ -79,7 +77,11 @@ def _knows(config: TopKConfig) -> bool:
     )
 
 
-def _rule(config: TopKConfig) -> decode.RouterRule:
+def rule_of(router: Any) -> decode.RouterRule:
+    """What a router of a known kind does with its logits."""
+    if not isinstance(router, TopKRouter):
+        return decode.RouterRule(router.top_k, normalize=router.norm_topk_prob, round_logits=True, round_weights=True)
+    config = router.config
     return decode.RouterRule(
         config.top_k,
         sigmoid=config.score_function == "sigmoid",
@@ -88,3 +90,8 @@ def _rule(config: TopKConfig) -> decode.RouterRule:
         epsilon=config.normalization_epsilon,
         scale=config.scaling_factor,
     )
+
+
+def record_of(picks: decode.Picks) -> Routing:
+    """The record of our router."""
+    return Routing(picks.index_TK, picks.weight_TK, picks.logits_TN, picks.scores_TN, picks.scores_TN)

@@ -81,6 +81,40 @@ router_scores = router_top_value
 return router_logits, router_scores, router_indices
 """
 
+DECODER_LAYER = """
+residual = hidden_states
+hidden_states = self.input_layernorm(hidden_states)
+hidden_states, _ = self.self_attn(
+    hidden_states=hidden_states, attention_mask=attention_mask, position_ids=position_ids,
+    past_key_values=past_key_values, use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
+)
+hidden_states = residual + hidden_states
+residual = hidden_states
+hidden_states = self.post_attention_layernorm(hidden_states)
+hidden_states = self.mlp(hidden_states)
+hidden_states = residual + hidden_states
+return hidden_states
+"""
+
+SPARSE_BLOCKS = (
+    """
+batch_size, sequence_length, hidden_dim = hidden_states.shape
+hidden_states_reshaped = hidden_states.view(-1, hidden_dim)
+_, routing_weights, selected_experts = self.gate(hidden_states_reshaped)
+final_hidden_states = self.experts(hidden_states_reshaped, selected_experts, routing_weights)
+return final_hidden_states.reshape(batch_size, sequence_length, hidden_dim)
+""",
+    """
+batch_size, sequence_length, hidden_dim = hidden_states.shape
+hidden_states = hidden_states.view(-1, hidden_dim)
+_, top_k_weights, top_k_index = self.gate(hidden_states)
+final_hidden_states = self.experts(hidden_states, top_k_index, top_k_weights).reshape(
+    batch_size, sequence_length, hidden_dim
+)
+return final_hidden_states
+""",
+)
+
 
 @functools.cache
 def says(function: Callable[..., Any], *bodies: str) -> bool:

@@ -11,11 +11,14 @@ import functools
 from collections.abc import Callable, Sequence
 from ctypes import c_double, c_int64, c_void_p
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moesaic.layer.kernels.native import library
+from moesaic.layer.kernels.native.experts import packed
+from moesaic.layer.kernels.weights import ExpertWeights
 
 LINEARS_MOST = 4
 
@@ -52,6 +55,25 @@ class _Attention(ctypes.Structure):
     )
 
 
+class _AttentionHalf(ctypes.Structure):
+    _fields_ = (("before", _Norm), ("after", _Norm), ("attention", _Attention))
+
+
+class _Place(ctypes.Structure):
+    _fields_ = (
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("rotation_stride", c_int64),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("batch_stride", c_int64),
+        ("head_stride", c_int64),
+        ("length", c_int64),
+        ("mask", c_void_p),
+        ("mask_stride", c_int64),
+    )
+
+
 class _Router(ctypes.Structure):
     _fields_ = (
         ("logits", _Linears),
@@ -63,8 +85,11 @@ class _Router(ctypes.Structure):
         ("round_scores", c_int64),
         ("epsilon", c_double),
         ("scale", c_double),
-        ("selection_bias", c_void_p),
     )
+
+
+class _MoEHalf(ctypes.Structure):
+    _fields_ = (("router", _Router), ("experts", library.ExpertsCall), ("num_experts", c_int64))
 
 
 @dataclass(frozen=True)
@@ -73,25 +98,30 @@ class _Calls:
     norm: Callable[..., None]
     attention: Callable[..., int]
     router: Callable[..., int]
+    attention_half: Callable[..., int]
+    moe_half: Callable[..., int]
 
 
 @functools.cache
 def _calls() -> _Calls:
-    loaded = library.load()
-    assert loaded is not None
+    loaded = library.loaded()
     loaded.moesaic_linears_run.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64]
     loaded.moesaic_linears_run.restype = ctypes.c_long
     loaded.moesaic_norm_rows.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p]
     loaded.moesaic_norm_rows.restype = None
-    loaded.moesaic_attention_step.argtypes = [
-        *[c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64],
-        *[c_int64, c_void_p, c_int64, c_void_p, c_int64],
-    ]
-    loaded.moesaic_attention_step.restype = ctypes.c_long
-    loaded.moesaic_router_step.argtypes = [*[c_void_p, c_void_p, c_int64, c_int64], *[c_void_p] * 4, c_int64]
-    loaded.moesaic_router_step.restype = ctypes.c_long
+    loaded.moesaic_attention_step.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64]
+    loaded.moesaic_router_step.argtypes = [c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 4, c_int64]
+    loaded.moesaic_attention_half_step.argtypes = [c_void_p, c_void_p, c_int64, *[c_void_p] * 3, c_int64]
+    loaded.moesaic_moe_half_step.argtypes = [c_void_p, c_void_p, c_int64, *[c_void_p] * 6, c_int64]
+    for name in ("attention_step", "router_step", "attention_half_step", "moe_half_step"):
+        getattr(loaded, f"moesaic_{name}").restype = ctypes.c_long
     return _Calls(
-        loaded.moesaic_linears_run, loaded.moesaic_norm_rows, loaded.moesaic_attention_step, loaded.moesaic_router_step
+        loaded.moesaic_linears_run,
+        loaded.moesaic_norm_rows,
+        loaded.moesaic_attention_step,
+        loaded.moesaic_router_step,
+        loaded.moesaic_attention_half_step,
+        loaded.moesaic_moe_half_step,
     )
 
 
@@ -112,22 +142,26 @@ def readable(weight: object) -> bool:
 
 
 def suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether a computation with this input and weight may run here now: plain CPU tensors, one dtype, no graph.
+    """Whether a computation with this input and weight may run here now: plain CPU tensors, one dtype, no gradients.
 
     Contiguity of the weight and the number of rows are for the caller to check.
     """
     return (
-        type(x) is Tensor
+        not torch.is_grad_enabled()
+        and type(x) is Tensor
         and x.is_cpu
         and weight.is_cpu
         and x.dtype is weight.dtype
         and x.dtype in library.DTYPES
         and not torch.is_autocast_enabled("cpu")
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        # Modes that count, fake or record operations would see none.
+        and torch._C._len_torch_dispatch_stack() == 0
     )
 
 
+# Weight (O, I) and bias (O,); weight (D,) and epsilon.
 Pair = tuple[Tensor, Tensor | None]
+Norm = tuple[Tensor, float]
 
 
 def _linears(pairs: Sequence[Pair]) -> _Linears:
@@ -217,6 +251,20 @@ class RouterRule:
     round_weights: bool = False
 
 
+def _router(weight_ND: Tensor, bias_N: Tensor | None, rule: RouterRule) -> _Router:
+    return _Router(
+        _linears([(weight_ND, bias_N)]),
+        rule.top_k,
+        rule.sigmoid,
+        rule.over_selected,
+        rule.normalize,
+        rule.round_logits,
+        rule.round_weights,
+        rule.epsilon,
+        rule.scale,
+    )
+
+
 class RouterPlan:
     """Logits, scores and the K best experts of a few tokens.
 
@@ -224,123 +272,184 @@ class RouterPlan:
         weight_ND: of the logits.
         bias_N: likewise, or None.
         rule: what follows.
-        selection_bias_N: float32, added in the comparison only; or None.
     """
 
-    def __init__(
-        self, weight_ND: Tensor, bias_N: Tensor | None, rule: RouterRule, selection_bias_N: Tensor | None = None
-    ) -> None:
-        self._call = _Router(
-            _linears([(weight_ND, bias_N)]),
-            rule.top_k,
-            rule.sigmoid,
-            rule.over_selected,
-            rule.normalize,
-            rule.round_logits,
-            rule.round_weights,
-            rule.epsilon,
-            rule.scale,
-            None if selection_bias_N is None else selection_bias_N.data_ptr(),
-        )
+    def __init__(self, weight_ND: Tensor, bias_N: Tensor | None, rule: RouterRule) -> None:
+        self._call = _router(weight_ND, bias_N, rule)
         self._address = ctypes.addressof(self._call)
         self.address = weight_ND.data_ptr()
         self._num_experts, self._top_k = weight_ND.shape[0], rule.top_k
         self._run = _calls().router
 
-    def __call__(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """logits_TN, scores_TN, index_TK (int64, best first) and weight_TK; all but the index float32."""
+    def __call__(self, x_TD: Tensor) -> Picks:
+        """The picks of (T, D)."""
         rows = x_TD.shape[0]
-        logits_TN = torch.empty(rows, self._num_experts)
-        scores_TN = torch.empty(rows, self._num_experts)
-        index_TK = torch.empty(rows, self._top_k, dtype=torch.int64)
-        weight_TK = torch.empty(rows, self._top_k)
+        picks = _no_picks(rows, self._num_experts, self._top_k)
         failed = self._run(
-            self._address,
-            x_TD.data_ptr(),
-            x_TD.stride(0),
-            rows,
-            logits_TN.data_ptr(),
-            scores_TN.data_ptr(),
-            index_TK.data_ptr(),
-            weight_TK.data_ptr(),
-            torch.get_num_threads(),
+            self._address, x_TD.data_ptr(), x_TD.stride(0), rows, *map(Tensor.data_ptr, picks), torch.get_num_threads()
         )
         if failed:
             raise MemoryError(f"no memory for {rows} rows of {self._num_experts} experts")
-        return logits_TN, scores_TN, index_TK, weight_TK
+        return picks
+
+
+class Picks(NamedTuple):
+    """What a router decided, in float32 but for the int64 index, best first."""
+
+    logits_TN: Tensor
+    scores_TN: Tensor
+    index_TK: Tensor
+    weight_TK: Tensor
+
+
+def _no_picks(rows: int, num_experts: int, top_k: int) -> Picks:
+    return Picks(
+        torch.empty(rows, num_experts),
+        torch.empty(rows, num_experts),
+        torch.empty(rows, top_k, dtype=torch.int64),
+        torch.empty(rows, top_k),
+    )
+
+
+class Place:
+    """Where the new token of each sequence goes: a cache with room for it.
+
+    Args:
+        keys, values: (B, kv_heads, room, width), contiguous.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+        self._call = _Place(keys=keys.data_ptr(), values=values.data_ptr())
+        self._call.batch_stride, self._call.head_stride = keys.stride(0), keys.stride(1)
+
+    def __deepcopy__(self, memo: dict) -> Place:
+        return Place(self.keys.clone(), self.values.clone())
+
+    def __reduce__(self) -> Any:
+        return Place, (self.keys, self.values)
+
+    def at(self, length: int, cos: Tensor, sin: Tensor, mask_BL: Tensor | None) -> int:
+        """Address for a call.
+
+        Args:
+            length: tokens in the cache, the new one included.
+            cos, sin: rotation of this position, contiguous (B or 1, 1, width).
+            mask_BL: bool (B or 1, ..., length) with contiguous rows, False for what is not looked at.
+        """
+        call = self._call
+        call.length, call.cos, call.sin = length, cos.data_ptr(), sin.data_ptr()
+        call.rotation_stride = 0 if cos.shape[0] == 1 else cos.stride(0)
+        call.mask = None if mask_BL is None else mask_BL.data_ptr()
+        call.mask_stride = 0 if mask_BL is None or mask_BL.shape[0] == 1 else mask_BL.stride(0)
+        return ctypes.addressof(call)
+
+
+class AttentionWeights(NamedTuple):
+    """Weight and bias of the projections, width of a head, factor of the products, and norms on heads or None."""
+
+    q: Pair
+    k: Pair
+    v: Pair
+    o: Pair
+    width: int
+    scaling: float
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+
+
+def _attention(weights: AttentionWeights) -> _Attention:
+    return _Attention(
+        _linears([weights.q, weights.k, weights.v]),
+        _linears([weights.o]),
+        _Norm() if weights.q_norm is None else _norm(*weights.q_norm),
+        _Norm() if weights.k_norm is None else _norm(*weights.k_norm),
+        weights.q[0].shape[0] // weights.width,
+        weights.k[0].shape[0] // weights.width,
+        weights.width,
+        weights.scaling,
+    )
 
 
 class AttentionPlan:
-    """Attention of one new token of each sequence: projections, head norms, rotation, cache, output projection.
+    """Attention of one new token of each sequence: projections, head norms, rotation, cache, output projection."""
 
-    Args:
-        q, k, v, o: weight and bias of the projections.
-        width: of a head.
-        scaling: multiplies the products of queries and keys.
-        q_norm, k_norm: weight and epsilon of a norm on each head, or None.
-    """
-
-    def __init__(
-        self,
-        q: Pair,
-        k: Pair,
-        v: Pair,
-        o: Pair,
-        width: int,
-        scaling: float,
-        q_norm: tuple[Tensor, float] | None = None,
-        k_norm: tuple[Tensor, float] | None = None,
-    ) -> None:
-        self._call = _Attention(
-            _linears([q, k, v]),
-            _linears([o]),
-            _Norm() if q_norm is None else _norm(*q_norm),
-            _Norm() if k_norm is None else _norm(*k_norm),
-            q[0].shape[0] // width,
-            k[0].shape[0] // width,
-            width,
-            scaling,
-        )
+    def __init__(self, weights: AttentionWeights) -> None:
+        self._call = _attention(weights)
         self._address = ctypes.addressof(self._call)
-        self.kv_heads = k[0].shape[0] // width
-        self._hidden = o[0].shape[0]
+        self._hidden = weights.o[0].shape[0]
         self._run = _calls().attention
 
-    def __call__(
-        self, x_BD: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, length: int, mask_BL: Tensor | None
-    ) -> Tensor:
-        """Attend, writing the new key and value at `length` - 1.
-
-        Args:
-            x_BD: the normalised input.
-            cos, sin: rotation of this position, contiguous (B or 1, width).
-            keys, values: caches (B, kv_heads, room, width) with room for `length`.
-            length: tokens in the cache, the new one included.
-            mask_BL: bool (B or 1, length), False for what is not looked at.
-
-        Returns:
-            (B, D).
-        """
-        batch = x_BD.shape[0]
-        y_BD = x_BD.new_empty(batch, self._hidden)
+    def __call__(self, x_BD: Tensor, place: int) -> Tensor:
+        """Attend from the normalised input, writing the new key and value at `place`; returns (B, D)."""
+        y_BD = x_BD.new_empty(x_BD.shape[0], self._hidden)
         failed = self._run(
             self._address,
             x_BD.data_ptr(),
             x_BD.stride(0),
-            batch,
-            cos.data_ptr(),
-            sin.data_ptr(),
-            0 if cos.shape[0] == 1 else cos.stride(0),
-            keys.data_ptr(),
-            values.data_ptr(),
-            keys.stride(0),
-            keys.stride(1),
-            length,
-            None if mask_BL is None else mask_BL.data_ptr(),
-            0 if mask_BL is None or mask_BL.shape[0] == 1 else mask_BL.stride(0),
+            x_BD.shape[0],
+            place,
             y_BD.data_ptr(),
             torch.get_num_threads(),
         )
         if failed:
-            raise MemoryError(f"no memory for {batch} sequences of {length} tokens")
+            raise MemoryError(f"no memory for attention of {x_BD.shape[0]} sequences")
         return y_BD
+
+
+class AttentionHalfPlan:
+    """The first half of a decoder layer with norms before its halves: x + attention(norm(x)), and the next norm."""
+
+    def __init__(self, before: Norm, weights: AttentionWeights, after: Norm) -> None:
+        self._call = _AttentionHalf(_norm(*before), _norm(*after), _attention(weights))
+        self._address = ctypes.addressof(self._call)
+        self._run = _calls().attention_half
+
+    def __call__(self, x_B1D: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        """The sum and its norm, of the shape of a contiguous (B, 1, D)."""
+        sum_B1D, y_B1D = torch.empty_like(x_B1D), torch.empty_like(x_B1D)
+        failed = self._run(
+            self._address,
+            x_B1D.data_ptr(),
+            x_B1D.shape[0],
+            place,
+            sum_B1D.data_ptr(),
+            y_B1D.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"no memory for attention of {x_B1D.shape[0]} sequences")
+        return sum_B1D, y_B1D
+
+
+class MoEHalfPlan:
+    """Router and packed experts in one call.
+
+    Args:
+        weight_ND, bias_N, rule: as for `RouterPlan`.
+        experts: weights with contiguous rows and a known activation.
+    """
+
+    def __init__(self, weight_ND: Tensor, bias_N: Tensor | None, rule: RouterRule, experts: ExpertWeights) -> None:
+        self._num_experts, self._top_k = weight_ND.shape[0], rule.top_k
+        self._call = _MoEHalf(_router(weight_ND, bias_N, rule), packed(experts), self._num_experts)
+        self._address = ctypes.addressof(self._call)
+        self._run = _calls().moe_half
+
+    def __call__(self, x_TD: Tensor, residual: Tensor | None) -> tuple[Tensor, Picks]:
+        """The experts' output, added to `residual` if there is one, in the shape of `x_TD`; and the picks."""
+        rows = x_TD.numel() // x_TD.shape[-1]
+        picks = _no_picks(rows, self._num_experts, self._top_k)
+        y_TD = torch.empty_like(x_TD)
+        failed = self._run(
+            self._address,
+            x_TD.data_ptr(),
+            rows,
+            None if residual is None else residual.data_ptr(),
+            *map(Tensor.data_ptr, picks),
+            y_TD.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"no memory for {rows} rows of {self._num_experts} experts")
+        return y_TD, picks

@@ -65,6 +65,27 @@ def arguments(fused: FusedActivation) -> tuple[int, bool, bool, float, float]:
     return _ACTIVATIONS[fused.name], fused.gated, fused.interleaved, fused.alpha or 0.0, fused.limit or 0.0
 
 
+def packed(weights: ExpertWeights) -> library.ExpertsCall:
+    """A call of the C function with its weights, that of one batch of rows still to be filled in."""
+    fused, up_NHD, down_NDF = weights.fused, weights.up_NHD, weights.down_NDF
+    assert fused is not None
+    activation, gated, interleaved, alpha, limit = arguments(fused)
+    call = library.ExpertsCall(type=library.DTYPES[up_NHD.dtype], activation=activation, gated=gated)
+    call.interleaved, call.alpha, call.limit = interleaved, alpha, limit
+    call.hidden, call.width = up_NHD.shape[2], down_NDF.shape[2]
+    call.up, call.up_expert_stride, call.up_row_stride = up_NHD.data_ptr(), up_NHD.stride(0), up_NHD.stride(1)
+    call.down, call.down_expert_stride, call.down_row_stride = (
+        down_NDF.data_ptr(),
+        down_NDF.stride(0),
+        down_NDF.stride(1),
+    )
+    if weights.up_bias_NH is not None:
+        call.up_bias, call.up_bias_stride = weights.up_bias_NH.data_ptr(), weights.up_bias_NH.stride(0)
+    if weights.down_bias_ND is not None:
+        call.down_bias, call.down_bias_stride = weights.down_bias_ND.data_ptr(), weights.down_bias_ND.stride(0)
+    return call
+
+
 def _forward(
     x_TD: Tensor,
     up_NHD: Tensor,

@@ -5,7 +5,7 @@
 #include <string.h>
 
 /* Outputs of one task: enough to pay for handing it out, few enough to share evenly. */
-enum { CHUNK = 32, ROWS_AT_ONCE = 16 };
+enum { CHUNK = 64, ROWS_AT_ONCE = 16 };
 
 typedef struct {
     const moesaic_linears *in;
@@ -36,7 +36,11 @@ static void chunk_task(void *context, long task, int worker) {
         long rows = r->rows - row < ROWS_AT_ONCE ? r->rows - row : ROWS_AT_ONCE;
         float c[ROWS_AT_ONCE * CHUNK];
         memset(c, 0, (size_t)(rows * outs) * sizeof(float));
-        for (long o = 0; o < outs; o += TILE_OUT) {
+        if (rows <= STREAM_ROWS) {
+            const void *x[STREAM_ROWS];
+            for (int i = 0; i < rows; i++) x[i] = r->x + (row + i) * r->x_stride;
+            isa->dot_stream[in->type](x, weight, in->stride[j] * size, (int)rows, outs, in->in, c, outs);
+        } else for (long o = 0; o < outs; o += TILE_OUT) {
             const void *w[TILE_OUT];
             int count = (int)(outs - o < TILE_OUT ? outs - o : TILE_OUT);
             for (int i = 0; i < count; i++) w[i] = weight + (o + i) * in->stride[j] * size;
@@ -63,7 +67,7 @@ long moesaic_linears_run(const moesaic_linears *in, const void *x, int64_t x_str
     r.y_type = wide ? MOESAIC_F32 : (int)in->type;
     if (r.x_type != in->type) {
         long wide_stride = (in->in + 15) / 16 * 16;
-        float *values = moesaic_scratch(3, rows * wide_stride * (long)sizeof(float));
+        float *values = moesaic_scratch(SLOT_WIDENED, rows * wide_stride * (long)sizeof(float));
         if (!values) return -1;
         for (long row = 0; row < rows; row++) isa->widen[in->type](r.x + row * r.x_stride, values + row * wide_stride, in->in);
         r.x = (const char *)values;

@@ -13,7 +13,7 @@ void moesaic_round(int64_t type, float *values, long n, void *spare) {
 void moesaic_norm_rows(const moesaic_norm *in, const void *x, int64_t x_stride, int64_t rows, void *y) {
     const moesaic_isa *isa = moesaic_isa_now;
     long n = in->width, size = moesaic_size_of((int)in->type);
-    float *value = moesaic_scratch(0, 3 * n * (long)sizeof(float)), *weight = value + n, *spare = weight + n;
+    float *value = moesaic_scratch(SLOT_NORM, 3 * n * (long)sizeof(float)), *weight = value + n, *spare = weight + n;
     isa->widen[in->type](in->weight, weight, n);
     for (long row = 0; row < rows; row++) {
         float squares = 0;

@@ -18,7 +18,7 @@ static void choose(const moesaic_router *in, float *logits, float *scores, int64
         for (long i = 0; i < n; i++) scores[i] *= share;
     }
     float *compared = spare;
-    for (long i = 0; i < n; i++) compared[i] = in->selection_bias ? scores[i] + in->selection_bias[i] : scores[i];
+    for (long i = 0; i < n; i++) compared[i] = scores[i];
     for (long pick = 0; pick < k; pick++) {
         long best = -1;
         for (long i = 0; i < n; i++)
@@ -45,7 +45,7 @@ long moesaic_router_step(const moesaic_router *in, const void *x, int64_t x_stri
                          float *scores, int64_t *index, float *weight, int64_t threads) {
     long n = in->logits.out[0], k = in->top_k;
     if (moesaic_linears_run(&in->logits, x, x_stride, rows, logits, 1, threads) != 0) return -1;
-    float *spare = moesaic_scratch(0, (n + k) * (long)sizeof(float));
+    float *spare = moesaic_scratch(SLOT_NORM, (n + k) * (long)sizeof(float));
     if (!spare) return -1;
     for (long row = 0; row < rows; row++)
         choose(in, logits + row * n, scores + row * n, index + row * k, weight + row * k, spare);

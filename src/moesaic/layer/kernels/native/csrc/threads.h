@@ -10,7 +10,7 @@ void moesaic_parallel(int threads, long tasks, moesaic_task run, void *context);
 
 /* Scratch memory of the calling thread, 64-byte aligned, at least `bytes` long; valid until its next call. NULL if
  * there is no memory. `slot` separates buffers that live at the same time. */
-enum { MOESAIC_SCRATCH_SLOTS = 8 };
+enum { MOESAIC_SCRATCH_SLOTS = 14 };
 void *moesaic_scratch(int slot, long bytes);
 
 #endif

@@ -1,0 +1,90 @@
+"""Router and experts of a block for a few tokens, as the second half of a decoder layer."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.hf.backbone import BackboneMoEBlock
+from moesaic.hf.experts import IMPLEMENTATION, kernel_of
+from moesaic.infer.decode import source
+from moesaic.infer.decode.router import FastSoftmaxRouter, FastTopKRouter, record_of, rule_of
+from moesaic.infer.decode.watch import Watch
+from moesaic.layer import RoutingContext
+from moesaic.layer.kernels import VARIABLE, ExpertWeights
+from moesaic.layer.kernels.native import decode
+
+
+class FastBlock:
+    """What a block computes for normalised tokens, in one native call; `watch` sees whether it still does.
+
+    Args:
+        block: one that `plan_of` knows.
+        weights: of its experts.
+        watch: what its plan is made of.
+    """
+
+    def __init__(self, block: Any, weights: ExpertWeights, watch: Watch) -> None:
+        self._block, self._weights, self.watch = block, weights, watch
+        gate = block.gate
+        self._plan = decode.MoEHalfPlan(gate.weight, getattr(gate, "bias", None), rule_of(gate), weights)
+        self._is_ours = isinstance(block, BackboneMoEBlock)
+        self._native: dict[tuple[int, str | None, str], bool] = {}
+
+    def takes(self, x_B1D: Tensor) -> bool:
+        """Whether the experts are to be computed by the native kernel, which the environment and configs may say."""
+        experts = self._block.experts
+        if experts.config._experts_implementation not in self._implementations:
+            return False
+        key = (x_B1D.shape[0], os.environ.get(VARIABLE), vars(experts).get("kernel", "auto"))
+        found = self._native.get(key)
+        if found is None:
+            x_TD = x_B1D.reshape(-1, x_B1D.shape[-1])
+            found = self._native[key] = kernel_of(experts, self._weights, x_TD, self._block.gate.top_k) == "native"
+        return found
+
+    @property
+    def _implementations(self) -> tuple[str, ...]:
+        # Our experts run the same kernels under "eager".
+        return (IMPLEMENTATION, "eager") if self._is_ours else (IMPLEMENTATION,)
+
+    def __call__(self, x_B1D: Tensor, residual: Tensor, context: RoutingContext | None) -> Tensor:
+        """residual + block(x), whose routing is committed to `context` if there is one."""
+        block = self._block
+        shared = self._is_ours and block.shared_experts is not None
+        y_B1D, picks = self._plan(x_B1D, None if shared else residual)
+        if context is not None:
+            context.commit(block.layer, record_of(picks))
+        if shared:
+            y_B1D = residual + (y_B1D + block._shared(x_B1D, None))
+        return y_B1D
+
+
+def plan_of(block: nn.Module, watch: Watch) -> FastBlock | None:
+    """The plan of a block, or None if a part of it is not plain; `watch` sees either."""
+    ours = type(block) is BackboneMoEBlock
+    gate, experts = watch.child(block, "gate"), watch.child(block, "experts")
+    for part in (gate, experts):
+        if isinstance(part, nn.Module):
+            watch.weights(part)
+    if ours:
+        plain = block.capacity is None and block.depth is None and block.dropout is None and not block.returns_tuple
+    else:
+        plain = source.says(type(block).forward, *source.SPARSE_BLOCKS)
+    if not plain or not isinstance(gate, FastTopKRouter if ours else FastSoftmaxRouter) or not watch.holds():
+        return None
+    if not hasattr(experts, "is_transposed") or getattr(experts, "has_post_expert_norm", False):
+        return None
+    weights = ExpertWeights.of(experts)
+    parts = (weights.up_NHD, weights.down_NDF, weights.up_bias_NH, weights.down_bias_ND)
+    if weights.fused is None or any(part is not None and not _plain(part, gate.weight) for part in parts):
+        return None
+    return FastBlock(block, weights, watch)
+
+
+def _plain(part: Tensor, like: Tensor) -> bool:
+    kind = type(part) in (Tensor, nn.Parameter, torch.Tensor)
+    return kind and part.is_cpu and part.dtype is like.dtype and part.stride(-1) == 1
