@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from tests.hf.tiny import DENSE_FAMILIES, token_ids
 from tests.infer.decode.models import GREEDY, decoded, own, padded_ids, stock
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import moesaic
 from moesaic.layer.kernels.native import decode
@@ -28,7 +30,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ATTENTION = dict.fromkeys(
     ["llama", "mistral", "qwen2", "qwen3", "granite", "gemma", "qwen3_moe", "qwen2_moe", "mixtral"], 3
 )
-ROUTERS = dict.fromkeys(["qwen3_moe", "qwen2_moe", "olmoe"], 3)
+# Layers that are two native calls, or one and the feed-forward network.
+LAYERS = {**ATTENTION, "granite": 0}
+ROUTERS = dict.fromkeys(["qwen3_moe", "qwen2_moe", "mixtral", "olmoe"], 3)
 
 
 def assert_same(plain: tuple[Tensor, Tensor], fast: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
@@ -50,14 +54,92 @@ def test_every_family_decodes_the_same(model_type: str) -> None:
         with moesaic.fast_decoding(model) as fast:
             assert_same(plain, decoded(model, ids, mask), torch.float32)
         assert fast.counts["attention layers"] == ATTENTION.get(model_type, 0)
+        assert fast.counts["decoder layers"] == LAYERS.get(model_type, 0)
         assert fast.counts["routers"] == ROUTERS.get(model_type, 0)
+
+
+@pytest.fixture
+def halves(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often the halves of layers were computed natively."""
+    calls: Counter[str] = Counter()
+
+    def count(kind: type, name: str) -> None:
+        plain = kind.__call__
+
+        def counted(self: Any, *args: Any) -> Any:
+            calls[name] += 1
+            return plain(self, *args)
+
+        monkeypatch.setattr(kind, "__call__", counted)
+
+    count(decode.AttentionHalfPlan, "attention")
+    count(decode.MoEHalfPlan, "experts")
+    return calls
+
+
+SHARED = {"shared_experts": {"intermediate_size": 16, "sigmoid_gate": True}}
+
+
+@pytest.mark.parametrize(
+    ("make", "attention", "experts"),
+    [
+        (lambda: stock("qwen3_moe"), 3, 3),
+        (lambda: stock("qwen2_moe"), 3, 0),  # its shared expert stands between
+        (lambda: stock("mixtral"), 3, 3),
+        (lambda: stock("llama"), 3, 0),
+        (lambda: own("qwen3"), 3, 2),  # the first layer is dense
+        (lambda: own("llama", **SHARED), 3, 2),
+        (lambda: own("llama", capacity={"factor": 4.0}), 3, 0),
+        (lambda: own("llama", experts={"num_experts": 4, "intermediate_size": 24, "kernel": "grouped"}), 3, 0),
+        (lambda: own("llama", experts={"num_experts": 4, "intermediate_size": 24, "bias": True}), 3, 2),
+        (lambda: own("llama", experts={"num_experts": 4, "intermediate_size": 24, "gated": False}), 3, 2),
+    ],
+)
+def test_layers_in_two_calls(make: Any, attention: int, experts: int, halves: Counter[str]) -> None:
+    model = make()
+    for ids, mask in ((token_ids(1, 7), None), padded_ids()):
+        plain = decoded(model, ids, mask)
+        assert not halves
+        with moesaic.fast_decoding(model):
+            assert_same(plain, decoded(model, ids, mask), torch.float32)
+        steps = GREEDY["max_new_tokens"] - 1
+        assert (halves["attention"], halves["experts"]) == (attention * steps, experts * steps)
+        halves.clear()
+
+
+def test_the_variable_that_chooses_kernels(halves: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stock("qwen3_moe")
+    with moesaic.fast_decoding(model):
+        decoded(model, token_ids(1, 3), max_new_tokens=2)
+        assert halves["experts"] == 3
+        monkeypatch.setenv("MOESAIC_KERNEL", "grouped")
+        decoded(model, token_ids(1, 3), max_new_tokens=2)
+        assert halves["experts"] == 3
+        monkeypatch.delenv("MOESAIC_KERNEL")
+        model.set_experts_implementation("grouped_mm")
+        decoded(model, token_ids(1, 3), max_new_tokens=2)
+        assert halves["experts"] == 3
+
+
+@torch.no_grad()
+def test_modes_that_watch_operations_see_them() -> None:
+    model = stock("qwen3_moe")
+    ids = token_ids(1, 1)
+    cache = model(token_ids(1, 4), use_cache=True).past_key_values
+    with FlopCounterMode(display=False) as plain:
+        model(ids, past_key_values=copy.deepcopy(cache))
+    with moesaic.fast_decoding(model), FlopCounterMode(display=False) as fast:
+        model.set_experts_implementation("grouped_mm")
+        model(ids, past_key_values=copy.deepcopy(cache))
+    assert fast.get_total_flops() == plain.get_total_flops() > 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_dtypes_and_threads(dtype: torch.dtype, threads: int) -> None:
     # All experts are picked: in low precision a nearly equal one may be picked instead, which changes everything after.
-    models = [stock("qwen3_moe", dtype, num_experts_per_tok=4), own("qwen3", dtype, router={"top_k": 4})]
+    models = [stock(name, dtype, num_experts_per_tok=4) for name in ("qwen3_moe", "mixtral")]
+    models += [own("qwen3", dtype, router={"top_k": 4})]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -166,8 +248,11 @@ def _shallow(cache: Any) -> Any:
     return copied
 
 
-def test_gradients_are_those_of_the_plain_model() -> None:
-    model, ids = own(), token_ids(2, 1)
+@pytest.mark.parametrize("trained", ["", "experts", "bias"])
+def test_gradients_are_those_of_the_plain_model(trained: str) -> None:
+    model, ids = own("qwen2"), token_ids(2, 1)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
     expected = _gradients(model, ids)
     with moesaic.fast_decoding(model):
         actual = _gradients(model, ids)
@@ -274,12 +359,26 @@ def test_with_an_adapter(adapter_first: bool) -> None:
 
 def test_hooks_are_called() -> None:
     model, seen = stock("qwen3_moe"), []
+    expected = decoded(model, token_ids(1, 3))
     with moesaic.fast_decoding(model):
-        for name in ("q_proj", "k_norm", "o_proj"):
-            module = getattr(model.model.layers[1].self_attn, name)
-            module.register_forward_hook(lambda module, args, output, name=name: seen.append(name))
         decoded(model, token_ids(1, 3), max_new_tokens=4)
-    assert [seen.count(name) for name in ("q_proj", "k_norm", "o_proj")] == [4, 4, 4]
+        names = (
+            "self_attn.q_proj",
+            "self_attn.k_norm",
+            "self_attn.o_proj",
+            "mlp.gate",
+            "mlp.experts",
+            "mlp",
+            "input_layernorm",
+        )
+        for layer, name in enumerate(names):
+            module = model.model.layers[layer % 3].get_submodule(name)
+            handle = module.register_forward_hook(lambda module, args, output, name=name: seen.append(name))
+            decoded(model, token_ids(1, 3), max_new_tokens=4)
+            assert seen.count(name) == 4, name
+            handle.remove()
+            assert_same(expected, decoded(model, token_ids(1, 3)), torch.float32)
+    assert len(seen) == 4 * len(names)
 
 
 def test_autocast_runs_as_before() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moesaic.infer.decode import cache, source
 from moesaic.infer.decode.linear import FastLinear
 from moesaic.infer.decode.norm import FastNorm
-from moesaic.infer.decode.swap import PLAN, Fast
+from moesaic.infer.decode.swap import PLAN, Fast, runs
 from moesaic.infer.decode.watch import Watch
 from moesaic.layer.kernels.native import decode
 
@@ -131,8 +131,8 @@ def weights_of(attention: Any, watch: Watch) -> decode.AttentionWeights | None:
     """The weights of a layer of a known kind, or None if a part of it is not plain; `watch` sees either."""
     projections = [watch.child(attention, name) for name in _PROJECTIONS]
     norms = [watch.child(attention, name) for name in _NORMS]
-    plain = all(isinstance(part, FastLinear) for part in projections)
-    plain &= all(part is None or isinstance(part, FastNorm) for part in norms)
+    plain = all(runs(part, FastLinear) for part in projections)
+    plain &= all(part is None or runs(part, FastNorm) for part in norms)
     for part in (*projections, *norms):
         if isinstance(part, nn.Module):
             watch.weights(part)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from moesaic.hf.backbone import BackboneMoEBlock
 from moesaic.hf.experts import IMPLEMENTATION, kernel_of
 from moesaic.infer.decode import source
 from moesaic.infer.decode.router import FastSoftmaxRouter, FastTopKRouter, record_of, rule_of
+from moesaic.infer.decode.swap import runs
 from moesaic.infer.decode.watch import Watch
 from moesaic.layer import RoutingContext
 from moesaic.layer.kernels import VARIABLE, ExpertWeights
@@ -38,6 +38,8 @@ class FastBlock:
         """Whether the experts are to be computed by the native kernel, which the environment and configs may say."""
         experts = self._block.experts
         if experts.config._experts_implementation not in self._implementations:
+            return False
+        if self._block.training and getattr(self._block, "jitter_noise", 0):
             return False
         key = (x_B1D.shape[0], os.environ.get(VARIABLE), vars(experts).get("kernel", "auto"))
         found = self._native.get(key)
@@ -74,7 +76,7 @@ def plan_of(block: nn.Module, watch: Watch) -> FastBlock | None:
         plain = block.capacity is None and block.depth is None and block.dropout is None and not block.returns_tuple
     else:
         plain = source.says(type(block).forward, *source.SPARSE_BLOCKS)
-    if not plain or not isinstance(gate, FastTopKRouter if ours else FastSoftmaxRouter) or not watch.holds():
+    if not plain or not runs(gate, FastTopKRouter if ours else FastSoftmaxRouter) or not watch.holds():
         return None
     if not hasattr(experts, "is_transposed") or getattr(experts, "has_post_expert_norm", False):
         return None
@@ -86,5 +88,5 @@ def plan_of(block: nn.Module, watch: Watch) -> FastBlock | None:
 
 
 def _plain(part: Tensor, like: Tensor) -> bool:
-    kind = type(part) in (Tensor, nn.Parameter, torch.Tensor)
+    kind = type(part) in (Tensor, nn.Parameter)
     return kind and part.is_cpu and part.dtype is like.dtype and part.stride(-1) == 1

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.hf.backbone import CONTEXT, BackboneMoEBlock
-from moesaic.infer.decode import block, source
+from moesaic.infer.decode import attention, block, source
 from moesaic.infer.decode.attention import FastAttention, step_of, weights_of
 from moesaic.infer.decode.norm import FastNorm
-from moesaic.infer.decode.swap import PLAN, Fast
+from moesaic.infer.decode.swap import PLAN, Fast, runs
 from moesaic.infer.decode.watch import Watch
 from moesaic.layer.kernels.native import decode
 
@@ -77,18 +77,17 @@ def _planned(layer: Any) -> _Planned:
     watch, second_watch = Watch(), Watch()
     feed_forward = second_watch.child(layer, "mlp")
     ours = feed_forward if isinstance(feed_forward, BackboneMoEBlock) else None
-    attention = layer.self_attn
+    self_attn = layer.self_attn
     # The hook that takes the routing context to our block; here the block is given it.
-    carries = ours is not None and list(attention._forward_pre_hooks.values()) == [ours.receive_context]
+    carries = ours is not None and list(self_attn._forward_pre_hooks.values()) == [ours.receive_context]
     watch.child(layer, "self_attn", hooks=int(carries))
     before, after = watch.child(layer, "input_layernorm"), watch.child(layer, "post_attention_layernorm")
-    weights = weights_of(attention, watch) if isinstance(attention, FastAttention) else None
+    weights = weights_of(self_attn, watch) if runs(self_attn, FastAttention) else None
     first = None
-    if weights is not None and isinstance(before, FastNorm) and isinstance(after, FastNorm):
+    if weights is not None and runs(before, FastNorm) and runs(after, FastNorm):
         watch.weights(before)
         watch.weights(after)
-        norms: list[Any] = [before, after]
-        pairs = [(norm.weight, norm.variance_epsilon) for norm in norms]
+        pairs = [(norm.weight, norm.variance_epsilon) for norm in (before, after)]
         if watch.holds() and all(weight.dtype is weights.o[0].dtype for weight, _ in pairs):
             first = decode.AttentionHalfPlan(pairs[0], weights, pairs[1])
     second = block.plan_of(feed_forward, second_watch) if first is not None else None
@@ -96,5 +95,7 @@ def _planned(layer: Any) -> _Planned:
 
 
 def knows(module: nn.Module) -> bool:
-    """Whether a module's code is that of Llama's decoder layer."""
-    return source.says(type(module).forward, source.DECODER_LAYER)
+    """Whether a module's code is that of Llama's decoder layer, and its attention's is known."""
+    if not source.says(type(module).forward, *source.DECODER_LAYERS):
+        return False
+    return any(name == "self_attn" and attention.knows(child) for name, child in module.named_children())

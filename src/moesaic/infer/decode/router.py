@@ -12,6 +12,9 @@ from moesaic.infer.decode.swap import PLAN, Fast
 from moesaic.layer import Routing, RoutingContext, TopKConfig, TopKRouter
 from moesaic.layer.kernels.native import decode
 
+# Stock routers, softmax over all experts, and whether they cast the weights to the dtype of the model.
+_STOCK = {source.SOFTMAX_ROUTER: True, source.NORMALIZED_ROUTER: True, source.NORMALIZED_FLOAT_ROUTER: False}
+
 
 class FastTopKRouter(Fast):
     """Our `TopKRouter` in one native call when there are few tokens and no graph; its record is complete."""
@@ -51,7 +54,7 @@ class FastSoftmaxRouter(Fast):
         if plan is None or plan.address != weight_ND.data_ptr():
             plan = own.__dict__[PLAN] = decode.RouterPlan(weight_ND, None, rule_of(own))
         logits_TN, _, index_TK, weight_TK = plan(x_TD)
-        return logits_TN.to(x_TD.dtype), weight_TK.to(x_TD.dtype), index_TK
+        return logits_TN.to(x_TD.dtype), weight_TK.to(x_TD.dtype) if plan.rule.round_weights else weight_TK, index_TK
 
 
 def mixin_for(module: nn.Module) -> type[Fast] | None:
@@ -60,7 +63,7 @@ def mixin_for(module: nn.Module) -> type[Fast] | None:
         return None
     if type(module) is TopKRouter:
         return FastTopKRouter if _knows(module.config) else None
-    return FastSoftmaxRouter if source.says(type(module).forward, source.SOFTMAX_ROUTER) else None
+    return FastSoftmaxRouter if source.says(type(module).forward, *_STOCK) else None
 
 
 def _knows(config: TopKConfig) -> bool:
@@ -80,7 +83,9 @@ def _knows(config: TopKConfig) -> bool:
 def rule_of(router: Any) -> decode.RouterRule:
     """What a router of a known kind does with its logits."""
     if not isinstance(router, TopKRouter):
-        return decode.RouterRule(router.top_k, normalize=router.norm_topk_prob, round_logits=True, round_weights=True)
+        casts = next(casts for body, casts in _STOCK.items() if source.says(router._plain.forward, body))
+        normalize = getattr(router, "norm_topk_prob", True)
+        return decode.RouterRule(router.top_k, normalize=normalize, round_logits=True, round_weights=casts)
     config = router.config
     return decode.RouterRule(
         config.top_k,

@@ -69,25 +69,28 @@ _WINDOWS = (
 ATTENTION = tuple(_ATTENTION.format(queries=_PLAIN, window=window) for window in _WINDOWS)
 ATTENTION_WITH_HEAD_NORMS = tuple(_ATTENTION.format(queries=_NORMED, window=window) for window in _WINDOWS)
 
-SOFTMAX_ROUTER = """
+_ROUTER = """
 hidden_states = hidden_states.reshape(-1, self.hidden_dim)
 router_logits = F.linear(hidden_states, self.weight)
-router_probs = torch.nn.functional.softmax(router_logits, dtype=torch.float, dim=-1)
+router_probs = torch.nn.functional.softmax({logits}, dim=-1)
 router_top_value, router_indices = torch.topk(router_probs, self.top_k, dim=-1)
-if self.norm_topk_prob:
-    router_top_value /= router_top_value.sum(dim=-1, keepdim=True)
-router_top_value = router_top_value.to(router_logits.dtype)
+{normalize}
+{cast}
 router_scores = router_top_value
 return router_logits, router_scores, router_indices
 """
+_DIVIDE = "router_top_value /= router_top_value.sum(dim=-1, keepdim=True)"
+_CAST = "router_top_value = router_top_value.to(router_logits.dtype)"
+_IN_FLOAT = "router_logits, dtype=torch.float"
+# Whether the weights sum to one is an attribute, or they always do; and they are cast to the dtype of the model, or not.
+SOFTMAX_ROUTER = _ROUTER.format(logits=_IN_FLOAT, normalize=f"if self.norm_topk_prob:\n    {_DIVIDE}", cast=_CAST)
+NORMALIZED_ROUTER = _ROUTER.format(logits=_IN_FLOAT, normalize=_DIVIDE, cast=_CAST)
+NORMALIZED_FLOAT_ROUTER = _ROUTER.format(logits="router_logits.float()", normalize=_DIVIDE, cast="")
 
-DECODER_LAYER = """
+_LAYER = """
 residual = hidden_states
 hidden_states = self.input_layernorm(hidden_states)
-hidden_states, _ = self.self_attn(
-    hidden_states=hidden_states, attention_mask=attention_mask, position_ids=position_ids,
-    past_key_values=past_key_values, use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
-)
+hidden_states, _ = self.self_attn(hidden_states=hidden_states, {keywords}, **kwargs)
 hidden_states = residual + hidden_states
 residual = hidden_states
 hidden_states = self.post_attention_layernorm(hidden_states)
@@ -95,6 +98,13 @@ hidden_states = self.mlp(hidden_states)
 hidden_states = residual + hidden_states
 return hidden_states
 """
+DECODER_LAYERS = tuple(
+    _LAYER.format(keywords=", ".join(f"{name}={name}" for name in names.split()))
+    for names in (
+        "attention_mask position_ids past_key_values use_cache position_embeddings",
+        "position_embeddings attention_mask position_ids past_key_values",
+    )
+)
 
 SPARSE_BLOCKS = (
     """
@@ -112,6 +122,16 @@ final_hidden_states = self.experts(hidden_states, top_k_index, top_k_weights).re
     batch_size, sequence_length, hidden_dim
 )
 return final_hidden_states
+""",
+    """
+batch_size, sequence_length, hidden_dim = hidden_states.shape
+if self.training and self.jitter_noise > 0:
+    hidden_states *= torch.empty_like(hidden_states).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
+hidden_states = hidden_states.view(-1, hidden_states.shape[-1])
+_, top_k_weights, top_k_index = self.gate(hidden_states)
+hidden_states = self.experts(hidden_states, top_k_index, top_k_weights)
+hidden_states = hidden_states.reshape(batch_size, sequence_length, hidden_dim)
+return hidden_states
 """,
 )
 

@@ -39,6 +39,11 @@ def swap(module: nn.Module, mixin: type[Fast]) -> None:
     module.__dict__[PLAN] = None
 
 
+def runs(module: object, mixin: type[Fast]) -> bool:
+    """Whether a module runs the forward of a mixin."""
+    return isinstance(module, mixin)
+
+
 def undo(module: nn.Module) -> None:
     """As it was; a module whose class somebody else has changed since is left alone."""
     kind = type(module)

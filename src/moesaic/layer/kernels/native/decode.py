@@ -277,7 +277,7 @@ class RouterPlan:
     def __init__(self, weight_ND: Tensor, bias_N: Tensor | None, rule: RouterRule) -> None:
         self._call = _router(weight_ND, bias_N, rule)
         self._address = ctypes.addressof(self._call)
-        self.address = weight_ND.data_ptr()
+        self.address, self.rule = weight_ND.data_ptr(), rule
         self._num_experts, self._top_k = weight_ND.shape[0], rule.top_k
         self._run = _calls().router
 
