@@ -110,12 +110,12 @@ def run(
     x_TD = torch.empty(tokens, hidden, dtype=dtype, requires_grad=True)
     index_TK = torch.zeros(tokens, top_k, dtype=torch.int64)
     combine_TK = torch.ones(tokens, top_k)
-    y_TD = run_triton(weights, x_TD, index_TK, combine_TK, atomic=False, needs_grad=True)
+    y_TD = run_triton(weights, x_TD, index_TK, combine_TK, atomic=False)
     torch.autograd.grad(y_TD.sum(), [x_TD, *leaves])
     with torch.no_grad():
-        run_triton(weights, x_TD, index_TK, combine_TK, atomic=True, needs_grad=False)
+        run_triton(weights, x_TD, index_TK, combine_TK, atomic=True)
         few = decode.MAX_PICKS // top_k
-        run_triton(weights, x_TD[:few], index_TK[:few], combine_TK[:few], atomic=False, needs_grad=False)
+        run_triton(weights, x_TD[:few], index_TK[:few], combine_TK[:few], atomic=False)
 
 
 def main() -> None:

@@ -87,6 +87,15 @@ def test_equals_loop_with_many_tiles(layout: str, size: cases.Size, monkeypatch:
     compare(layout, "some_sentinels", "tiles")
 
 
+@pytest.mark.parametrize("layout", ["silu_gated", "gelu_tanh_plain_biased", "clamped_interleaved_transposed_biased"])
+def test_equals_loop_with_one_large_tile(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large tiles finish half of their columns at a time."""
+    monkeypatch.setattr(tiles, "block_rows", lambda *_: 64)
+    monkeypatch.setattr(tiles, "choose", lambda *_: tiles.Tile(64, 256, 64, 8, 4))
+    monkeypatch.setitem(cases.SIZES, "wide", cases.Size(2, 2, 70, 190, 30))
+    compare(layout, "some_sentinels", "wide")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", FEW_LAYOUTS)
 def test_equals_loop_in_half_precision(layout: str, dtype: torch.dtype) -> None:

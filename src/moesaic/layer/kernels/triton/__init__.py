@@ -33,10 +33,10 @@ def run(weights: ExpertWeights, x_TD: Tensor, index_TK: Tensor, weight_TK: Tenso
     """
     from moesaic.layer.kernels.triton.run import run_triton
 
-    output_dtype, needs_grad = x_TD.dtype, Case.of(weights, x_TD, index_TK, weight_TK).needs_grad
+    output_dtype = x_TD.dtype
     if torch.is_autocast_enabled(x_TD.device.type):
         x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
-    y_TD = run_triton(weights, x_TD, index_TK, weight_TK, atomic=_adds_with_atomics(), needs_grad=needs_grad)
+    y_TD = run_triton(weights, x_TD, index_TK, weight_TK, atomic=_adds_with_atomics())
     return y_TD.to(output_dtype)
 
 

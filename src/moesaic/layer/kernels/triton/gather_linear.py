@@ -14,7 +14,7 @@ from moesaic.layer.kernels.triton.activation import activate, factor
 from moesaic.layer.kernels.triton.formula import Formula
 from moesaic.layer.kernels.triton.precision import dot_precision
 from moesaic.layer.kernels.triton.schedule import Schedule
-from moesaic.layer.kernels.triton.tile_product import locate, product, two_products
+from moesaic.layer.kernels.triton.tile_product import halves, locate, product, two_products
 
 
 def gather_linear(
@@ -138,12 +138,12 @@ def _gather_linear(
     row = row.to(tl.int64)
     out = out_block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     out_mask = out < outs
-    mask = row_mask[:, None] & out_mask[None, :]
     inner = tl.arange(0, BLOCK_IN)
     x_ptrs = x_ptr + token.to(tl.int64)[:, None] * size_in + inner[None, :]
     weight_ptrs = weight_ptr + expert * stride_expert + out[None, :] * stride_out + inner[:, None] * stride_in
     dtype = hidden_ptr.dtype.element_ty
     if GATED and not INTERLEAVED:
+        mask = row_mask[:, None] & out_mask[None, :]
         up_ptrs = weight_ptrs + width * stride_out
         gate, up = two_products(
             x_ptrs, weight_ptrs, up_ptrs, row_mask, out_mask, size_in, 1, stride_in,
@@ -164,16 +164,61 @@ def _gather_linear(
             x_ptrs, weight_ptrs, row_mask, out_mask, size_in, 1, stride_in,
             BLOCK_ROWS, BLOCK_OUT, BLOCK_IN, EVEN_IN, EVEN_OUT, PRECISION,
         )  # fmt: skip
+        first = out_block * BLOCK_OUT
+        own_bias_ptr = bias_ptr
         if HAS_BIAS:
-            both += tl.load(bias_ptr + expert * outs + out, mask=out_mask, other=0.0).to(tl.float32)[None, :]
-        if SAVE_UP:
-            tl.store(up_ptr + row[:, None] * outs + out[None, :], both.to(dtype), mask=mask)
-        if INTERLEAVED:
-            gate, up = tl.split(tl.reshape(both, (BLOCK_ROWS, BLOCK_OUT // 2, 2)))
-            hidden = activate(gate, ACTIVATION, alpha, limit) * factor(up, ACTIVATION, limit)
-            half = out_block * (BLOCK_OUT // 2) + tl.arange(0, BLOCK_OUT // 2)
-            half_mask = row_mask[:, None] & (half < width)[None, :]
-            tl.store(hidden_ptr + row[:, None] * width + half[None, :], hidden.to(dtype), mask=half_mask)
+            own_bias_ptr += expert * outs
+        if BLOCK_OUT >= 256:
+            # Half of the columns at a time, so that what the activation needs stays in registers.
+            left, right = halves(both, BLOCK_ROWS, BLOCK_OUT)
+            _write(
+                left, own_bias_ptr, up_ptr, hidden_ptr, row, row_mask, first, outs, width, alpha, limit,
+                ACTIVATION, INTERLEAVED, HAS_BIAS, SAVE_UP, BLOCK_ROWS, BLOCK_OUT // 2,
+            )  # fmt: skip
+            _write(
+                right, own_bias_ptr, up_ptr, hidden_ptr, row, row_mask, first + BLOCK_OUT // 2, outs, width,
+                alpha, limit, ACTIVATION, INTERLEAVED, HAS_BIAS, SAVE_UP, BLOCK_ROWS, BLOCK_OUT // 2,
+            )  # fmt: skip
         else:
-            hidden = activate(both, ACTIVATION, alpha, limit)
-            tl.store(hidden_ptr + row[:, None] * width + out[None, :], hidden.to(dtype), mask=mask)
+            _write(
+                both, own_bias_ptr, up_ptr, hidden_ptr, row, row_mask, first, outs, width, alpha, limit,
+                ACTIVATION, INTERLEAVED, HAS_BIAS, SAVE_UP, BLOCK_ROWS, BLOCK_OUT,
+            )  # fmt: skip
+
+
+@triton.jit
+def _write(
+    both,  # (BLOCK_ROWS, COLUMNS) of one product: plain, or gate and up alternating
+    bias_ptr,
+    up_ptr,
+    hidden_ptr,
+    row,
+    row_mask,
+    first,  # first column
+    outs,
+    width,
+    alpha,
+    limit,
+    ACTIVATION: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SAVE_UP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    dtype = hidden_ptr.dtype.element_ty
+    out = first + tl.arange(0, COLUMNS)
+    mask = row_mask[:, None] & (out < outs)[None, :]
+    if HAS_BIAS:
+        both += tl.load(bias_ptr + out, mask=out < outs, other=0.0).to(tl.float32)[None, :]
+    if SAVE_UP:
+        tl.store(up_ptr + row[:, None] * outs + out[None, :], both.to(dtype), mask=mask)
+    if INTERLEAVED:
+        gate, up = tl.split(tl.reshape(both, (BLOCK_ROWS, COLUMNS // 2, 2)))
+        hidden = activate(gate, ACTIVATION, alpha, limit) * factor(up, ACTIVATION, limit)
+        half = first // 2 + tl.arange(0, COLUMNS // 2)
+        half_mask = row_mask[:, None] & (half < width)[None, :]
+        tl.store(hidden_ptr + row[:, None] * width + half[None, :], hidden.to(dtype), mask=half_mask)
+    else:
+        hidden = activate(both, ACTIVATION, alpha, limit)
+        tl.store(hidden_ptr + row[:, None] * width + out[None, :], hidden.to(dtype), mask=mask)

@@ -15,7 +15,7 @@ from moesaic.layer.kernels.triton.activation import activate, derivative, factor
 from moesaic.layer.kernels.triton.formula import Formula
 from moesaic.layer.kernels.triton.precision import dot_precision
 from moesaic.layer.kernels.triton.schedule import Schedule
-from moesaic.layer.kernels.triton.tile_product import locate, product
+from moesaic.layer.kernels.triton.tile_product import halves, locate, product
 
 
 def hidden_gradient(
@@ -81,7 +81,6 @@ def hidden_gradient(
         ACTIVATION=formula.activation,
         GATED=formula.gated,
         INTERLEAVED=formula.interleaved,
-        SPLIT=tile.outs >= 64,
         BLOCK_ROWS=schedule.block_rows,
         BLOCK_OUT=tile.outs,
         BLOCK_IN=tile.inner,
@@ -121,7 +120,6 @@ def _hidden_gradient(
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    SPLIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -149,10 +147,9 @@ def _hidden_gradient(
     )  # fmt: skip
     combine = tl.load(combine_ptr + pick, mask=row_mask, other=0.0).to(tl.float32)
     first = out_block * BLOCK_OUT
-    if SPLIT:
+    if BLOCK_OUT >= 64:
         # Half of the columns at a time, so that what the activation needs stays in registers.
-        halves = tl.permute(tl.reshape(hidden_grad, (BLOCK_ROWS, 2, BLOCK_OUT // 2)), (0, 2, 1))
-        left, right = tl.split(halves)
+        left, right = halves(hidden_grad, BLOCK_ROWS, BLOCK_OUT)
         part = _through_activation(
             left, combine, up_ptr, up_grad_ptr, weighted_ptr, row, row_mask, first, width, alpha, limit,
             ACTIVATION, GATED, INTERLEAVED, BLOCK_ROWS, BLOCK_OUT // 2,

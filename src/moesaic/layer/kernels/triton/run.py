@@ -13,9 +13,7 @@ from moesaic.layer.kernels.weights import ExpertWeights
 OPS = torch.ops.moesaic
 
 
-def run_triton(
-    weights: ExpertWeights, x_TD: Tensor, index_TK: Tensor, combine_TK: Tensor, *, atomic: bool, needs_grad: bool
-) -> Tensor:
+def run_triton(weights: ExpertWeights, x_TD: Tensor, index_TK: Tensor, combine_TK: Tensor, *, atomic: bool) -> Tensor:
     """The same function as the `loop` kernel, within rounding; `x_TD` in the dtype to compute in.
 
     Args:
@@ -24,11 +22,12 @@ def run_triton(
         index_TK: picks in [0, N]; N stands for no expert.
         combine_TK: combine weights.
         atomic: sum the picks of a token with atomics, in no fixed order.
-        needs_grad: a backward pass may follow.
     """
     x_TD, index_TK, combine_TK = x_TD.contiguous(), index_TK.contiguous(), combine_TK.contiguous()
     up_NHD, down_NDF = weights.up_NHD.to(x_TD.dtype), weights.down_NDF.to(x_TD.dtype)
     up_bias_NH, down_bias_ND = _ready(weights.up_bias_NH, x_TD.dtype), _ready(weights.down_bias_ND, x_TD.dtype)
+    leaves = (x_TD, combine_TK, up_NHD, down_NDF, up_bias_NH, down_bias_ND)
+    needs_grad = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
     if weights.fused is not None and not needs_grad:
         return OPS.triton_experts_inference(
             x_TD, up_NHD, down_NDF, up_bias_NH, down_bias_ND, index_TK, combine_TK, *Formula.of(weights.fused), atomic

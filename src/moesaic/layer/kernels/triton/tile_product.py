@@ -89,3 +89,9 @@ def two_products(
         first_ptrs += BLOCK_IN * right_step
         second_ptrs += BLOCK_IN * right_step
     return total_first, total_second
+
+
+@triton.jit
+def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
