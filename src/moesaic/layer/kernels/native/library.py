@@ -95,7 +95,7 @@ def load() -> ctypes.CDLL | None:
     library.moesaic_use_openmp.argtypes, library.moesaic_use_openmp.restype = [c_void_p], None
     library.moesaic_order.argtypes = [c_void_p, c_long, c_long, c_void_p, c_void_p, c_void_p]
     library.moesaic_order.restype = c_long
-    for way in ("", "_packed", "_streamed"):
+    for way in ("", "_columns", "_packed", "_streamed"):
         forward = getattr(library, f"moesaic_experts_forward{way}")
         forward.argtypes, forward.restype = [POINTER(ExpertsCall)], c_long
     library.moesaic_experts_backward.argtypes = [POINTER(BackwardCall)]

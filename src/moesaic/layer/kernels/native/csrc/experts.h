@@ -35,6 +35,7 @@ typedef struct {
  * weights that are stored (in, out). */
 long moesaic_experts_forward(const moesaic_experts *in);
 long moesaic_experts_forward_packed(const moesaic_experts *in);
+long moesaic_experts_forward_columns(const moesaic_experts *in); /* also stored (out, in); see columns.c */
 long moesaic_experts_forward_streamed(const moesaic_experts *in);
 
 #endif

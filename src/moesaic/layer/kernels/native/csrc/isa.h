@@ -5,6 +5,8 @@
 
 #include <stdint.h>
 
+#include "columns.h"
+
 enum { MOESAIC_F32 = 0, MOESAIC_BF16 = 1, MOESAIC_F16 = 2 };
 
 /* Register tile of the dot-product kernel: rows of x times rows of a weight. */
@@ -59,6 +61,9 @@ typedef struct {
     /* c[r][j] += sum over i < k of x[r][i] w[i * stride + j], for r < rows <= STREAM_MOST and j < n; rows of c are `ldc`
      * apart. Weights have the given type. */
     void (*stream[3])(const float *const *x, int rows, const void *w, long stride, long k, float *c, long ldc, long n);
+
+    /* Products with rows of x as columns, or NULL. */
+    const moesaic_column_products *columns;
 
     /* y += a * x. */
     void (*axpy)(float a, const float *x, float *y, long n);
