@@ -77,6 +77,31 @@ def test_forward_equals_loop(isa: str, activation: str, dtype: torch.dtype, coun
     torch.testing.assert_close(actual_TD, expected_TD, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("count", [130, 40])
+def test_rows_as_columns_equal_loop_forward_and_backward(isa: str, activation: str, count: int) -> None:
+    """bfloat16 and multiples of 16: experts with 3, 16, 21, 69 and more rows, in whole vectors and left over."""
+    fused = ACTIVATIONS[activation]
+    weights = make_weights(
+        fused, torch.bfloat16, n=6, d=96, f=48, bias=activation in ("clamped", "interleaved", "relu2")
+    )
+    parameters = [weights.up_NHD, weights.down_NDF, weights.up_bias_NH, weights.down_bias_ND]
+    leaves = [
+        tensor.requires_grad_() for tensor in (tokens(count, torch.bfloat16, 96), *parameters) if tensor is not None
+    ]
+    first = torch.arange(count).clamp(max=70).sub(50).clamp(min=0).sign()  # 51 tokens for expert 0
+    second = torch.arange(count).remainder(25).clamp(max=4) + 2  # three of expert 2, 3, 4 to each 25, the others to 6
+    index_TK = torch.stack([first, second], dim=1)
+    weight_TK = (torch.rand(index_TK.shape, generator=torch.Generator().manual_seed(2)) + 0.1).requires_grad_()
+    upstream_TD = tokens(count, torch.bfloat16, 96).flip(0)
+    results = {}
+    for kernel in ("native", "loop"):
+        y_TD = run_experts(kernel, weights, leaves[0], index_TK, weight_TK)
+        results[kernel] = (y_TD, *torch.autograd.grad(y_TD, [*leaves, weight_TK], upstream_TD))
+    for actual, expected in zip(results["native"], results["loop"], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=2e-2 * expected.abs().max().item())
+
+
 def test_rows_longer_than_a_cache_block(isa: str) -> None:
     weights = make_weights(ACTIVATIONS["silu"], torch.float32, n=2, d=2100, f=1100)
     actual_TD, expected_TD = both(weights, tokens(7, torch.float32, 2100), torch.tensor([[0, 1]] * 7))

@@ -130,15 +130,19 @@ def _forward(
     return y_TD.to(x_TD.dtype), saved_SH
 
 
-# Mean rows of the experts in use up to which each way is the fastest. Milliseconds at d 1024, f 512, 64 experts, top 8, two
-# threads of an AVX-512 machine, in float32 and bfloat16:
-#   rows of each expert     4          8          16         32         64        256
-#   dots in place       11.3 6.9   14.6 9.0   19.8 11.9  27.7 16.7   51   27   186  93
-#   packed              20.0 10.2  21.8 11.0  25.0 12.8  31.0 16.5   46   25   137  75
-#   stored (in, out): streamed
-#                        8.6 5.4   11.0 8.4   19.8 17.1  39.7 35.0
-#   packed              23.3 9.6   25.0 10.4  27.7 12.0  33.5 15.1   49   25   132  71
-_DOTS_UP_TO = 48
+# Mean rows of the experts in use at which the fastest way changes. Milliseconds at d 1024, f 512, 64 experts, top 8, two
+# threads of an AVX-512 machine:
+#   rows of each expert        2     4     8     32    64    256
+#   float32   dots in place          11.3  14.6  24.6  44    180
+#             packed                 20.0  21.8  32.7  48    140
+#   bfloat16  dots in place    4.3   5.9   6.1   12.5  20.9  78
+#             columns          5.0   6.2   5.9   9.0   17.7  65
+#             packed           9.7   11.4  11.9  17.7  24.9  70
+#   stored (in, out), float32 and bfloat16
+#             streamed               8.6 5.4     11.0 8.4   39.7 35.0
+#             packed                 23.3 9.6    25.0 10.4  33.5 15.1   49 25   132 71
+_COLUMNS_FROM = 12
+_DOTS_UP_TO = 96
 _STREAMED_UP_TO = 12
 
 
@@ -146,10 +150,14 @@ def _way(call: library.ExpertsCall, ordered: Ordered) -> Any:
     """The C function that computes a forward pass fastest."""
     native = library.loaded()
     mean_rows = ordered.rows / ordered.expert_G.numel()
-    if not call.up_transposed and not call.down_transposed and mean_rows <= _DOTS_UP_TO:
-        return native.moesaic_experts_forward
     if call.up_transposed and call.down_transposed and mean_rows <= _STREAMED_UP_TO:
         return native.moesaic_experts_forward_streamed
+    if not call.up_transposed and not call.down_transposed:
+        bfloat16 = call.type == library.DTYPES[torch.bfloat16] and native.moesaic_has_columns()
+        if bfloat16 and mean_rows >= _COLUMNS_FROM and call.hidden % 16 == 0 and call.width % 16 == 0:
+            return native.moesaic_experts_forward_columns
+        if mean_rows <= _DOTS_UP_TO:
+            return native.moesaic_experts_forward
     return native.moesaic_experts_forward_packed
 
 
