@@ -14,7 +14,7 @@ from moesaic.bench.check import distance
 from moesaic.bench.contenders import Contender, ModelContender
 from moesaic.bench.contenders.model import experts_implementation
 from moesaic.bench.models import Models, decoded_logits
-from moesaic.bench.result import CellResult
+from moesaic.bench.result import CellResult, Row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,8 +52,8 @@ def measure_model(
     with experts_implementation(REFERENCE, model.stock):
         expected = decoded_logits(model.stock, model.prompt(cell), 0)
 
-    def wrong(outcome: dict[str, Tensor]) -> str | None:
-        error = distance(outcome["logits"].to(expected.device)[None], expected[None])
+    def wrong(row: Row, outcome: dict[str, Tensor]) -> str | None:
+        row.facts["logits_distance"] = error = distance(outcome["logits"].to(expected.device)[None], expected[None])
         limit = TOLERANCE[cell.torch_dtype]
         if error <= limit:
             return None
@@ -64,7 +64,8 @@ def measure_model(
         for person in people:
             if isinstance(person, ModelContender) and person.takes(cell):
                 tell(f"checking {person.name}")
-                admitted.admit(result.row_of(person.name), partial(person.enter, cell, model), wrong)
+                row = result.row_of(person.name)
+                admitted.admit(row, partial(person.enter, cell, model), partial(wrong, row))
         result.time(admitted, rounds=options.rounds, patience=options.patience, deadline=deadline, tell=tell)
     finally:
         admitted.close()
@@ -72,14 +73,17 @@ def measure_model(
 
 
 def _compare_tokens(result: CellResult) -> None:
-    """Note how many of the first tokens equal those of transformers' eager experts."""
+    """Note how near everyone's logits are to those of transformers' eager experts, and how many first tokens equal."""
     reference = next((row for row in result.rows if row.name == f"transformers:{REFERENCE}"), None)
     wanted = reference.facts.get("tokens", []) if reference is not None else []
     for row in result.rows:
-        found = row.facts.get("tokens", [])
-        if row is reference or row.family == "dense" or not found or not wanted:
+        if not row.measured or "logits_distance" not in row.facts:
             continue
-        same = next((i for i, (one, other) in enumerate(zip(found, wanted, strict=True)) if one != other), len(wanted))
-        row.facts["same_tokens"] = same
-        text = f"first {same} of {len(wanted)} greedy tokens as of transformers eager"
-        row.note = f"{row.note}; {text}" if row.note else text
+        notes = [row.note] if row.note else []
+        notes.append(f"logits {row.facts['logits_distance']:.1g} away")
+        found = row.facts.get("tokens", [])
+        if row is not reference and found and wanted:
+            equal = [one == other for one, other in zip(found, wanted, strict=True)]
+            same = row.facts["same_tokens"] = equal.index(False) if False in equal else len(wanted)
+            notes.append(f"first {same} of {len(wanted)} tokens as with {REFERENCE} experts")
+        row.note = ", ".join(notes)
