@@ -67,7 +67,7 @@ def test_restart_keeps_what_was_not_asked_for(cli: Cli, tmp_path: Path) -> None:
 def test_a_time_limit_says_what_is_left(cli: Cli, tmp_path: Path) -> None:
     ended = cli("bench", *TINY, "--case", "forward,decode", "--time-limit", "0", "-o", tmp_path)
     assert ended.code == 0
-    assert "Stopped (time limit): 0 of 2 comparisons are measured" in ended.err
+    assert "Stopped (time limit): 0 of 2 comparisons are finished" in ended.err
 
 
 @pytest.mark.parametrize(
@@ -90,3 +90,27 @@ def test_a_bad_option(cli: Cli, tmp_path: Path, arguments: tuple[str, ...], part
     for part in parts:
         assert part in ended.err
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_keeps_what_is_measured(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moesaic.bench.contenders.base import LayerEntry
+
+    real, samples = LayerEntry.sample, []
+
+    def interrupted(entry: LayerEntry) -> float:
+        samples.append(entry)
+        if len(samples) == 3000:
+            raise KeyboardInterrupt
+        return real(entry)
+
+    monkeypatch.setattr(LayerEntry, "sample", interrupted)
+    arguments = ("bench", *TINY, "--only", "moesaic:loop", "-o", tmp_path)
+    ended = cli(*arguments, "--case", "decode,forward", "--rounds", "99999", "--patience", "99999")
+    assert ended.code == 130
+    assert "(interrupted)" in ended.out
+    assert f"0 of 2 comparisons are finished, what was measured is in {tmp_path / 'bench.json'}" in ended.err
+    content = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    [result] = content["results"]
+    assert not result["finished"]
+    assert result["rows"][0]["samples"]
+    assert "(interrupted)" in (tmp_path / "kernels.md").read_text(encoding="utf-8")

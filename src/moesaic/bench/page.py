@@ -110,7 +110,8 @@ def _ratio(result: CellResult, row: Row | None, other: Row | None) -> str:
 def _details(result: CellResult) -> str:
     rows = [tables.values(result, row) for row in result.rows if row.measured]
     listed = "\n".join(f"- {line}" for line in [*tables.under(result), *tables.remarks(result)])
-    return f"## {result.cell.label}\n\n{markdown(tables.columns(result), rows)}\n\n{listed}\n"
+    label = result.cell.label + ("" if result.finished else " (interrupted)")
+    return f"## {label}\n\n{markdown(tables.columns(result), rows)}\n\n{listed}\n"
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -133,8 +133,9 @@ def command(
             results.print(f"Page, numbers and plot: {page}", highlight=False, soft_wrap=True)
     if run.stopped is not None:
         errors.print(
-            f"Stopped ({run.stopped}): {len(wanted) - len(run.missing)} of {len(wanted)} comparisons are measured, "
-            "the same command goes on."
+            f"Stopped ({run.stopped}): {len(wanted) - len(run.missing)} of {len(wanted)} comparisons are finished, "
+            f"what was measured is in {path}. The same command goes on.",
+            soft_wrap=True,
         )
         raise typer.Exit(130 if run.stopped == "interrupted" else 0)
 
