@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from tests.layer.kernels.cases import KERNELS, assert_close
+from tests.layer.kernels.cases import KERNELS, TOLERANCE, assert_close
 from torch import Tensor
 
 from moesaic.layer.kernels import ExpertWeights, FusedActivation, Kernel
@@ -71,7 +71,7 @@ def make_layer(size: tuple[int, int, int, int], tokens: int, dtype: torch.dtype,
 @pytest.mark.parametrize("size", SIZES)
 def test_equals_loop_at_real_sizes(size: str, tokens: int, skewed: bool, dtype: torch.dtype) -> None:
     layer = make_layer(SIZES[size], tokens, dtype, skewed=skewed)
-    tolerance = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
+    tolerance = max(TOLERANCE[dtype], 1e-5)
     expected = layer.results(LOOP, double=True)
     assert_close({name: tensor.double() for name, tensor in layer.results(TRITON).items()}, expected, tolerance)
     with torch.no_grad():
