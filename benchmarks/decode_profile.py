@@ -55,7 +55,7 @@ PARTS = (
     "norms",
     "rope, cache, attention",
     "MoE block around router and experts",
-    "decoder layer around its modules",
+    "decoder layer around its modules, or as a whole",
     "model around its layers",
     "loop of generate",
 )
@@ -101,7 +101,7 @@ def part_of(name: str, module: nn.Module) -> str:
     if last == "mlp":
         return "MoE block around router and experts"
     if last.isdigit():
-        return "decoder layer around its modules"
+        return "decoder layer around its modules, or as a whole"
     return "model around its layers"
 
 
@@ -189,6 +189,17 @@ def whole(model: Any, prompt_BS: Tensor, tokens: int) -> float:
 Arm = tuple[Any, Callable[[], AbstractContextManager[Any]]]
 
 
+def bandwidth() -> float:
+    """Bytes a second at which torch adds up a tensor of 1 GB."""
+    numbers = torch.ones(2**28)
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        numbers.sum()
+        times.append(time.perf_counter() - begun)
+    return 4 * numbers.numel() / min(times)
+
+
 def arms(names: list[str]) -> dict[str, Arm]:
     """Each arm's model, and what its turn runs in; the arms are transformers' own experts implementations, and
 
@@ -241,7 +252,7 @@ def main() -> None:
                     with clocked(model) as clock:
                         generate(model, prompt_BS, options.tokens + 1)
                         parts[name].append(clock.stop())
-        tables.append(render(threads, parts, wholes))
+        tables.append(render(threads, parts, wholes, bandwidth()))
     page = "\n".join([*tables, f"Measured on {describe_machine()}.", ""])
     print(page)
     if options.write:
@@ -250,10 +261,26 @@ def main() -> None:
 
 HEAD = """# Where the time of a token goes
 
+Milliseconds for each part of a decoded token, from the timed forward of every module less that of the modules inside it.
+`eager` and `grouped_mm` are transformers' experts implementations; `moesaic` is our model with the same weights as it is;
+`fast` is the stock model and `fast moesaic` ours under [`moesaic.fast_decoding`](../decoding-speed.md), where a decoder
+layer is two native calls and so one part. The model has 8 layers of width 1,024 with 64 experts of width 512, 8 of them for
+each token, 16 heads of 64 and 4 of keys and values, and a vocabulary of 8,192; random bfloat16 weights, batch 1, greedy
+`generate` after a prompt of 16 tokens. Medians; the arms take turns.
+
+<!-- no-run: takes minutes -->
+```bash
+python benchmarks/decode_profile.py --write
+```
+
+Reading the weights once takes the last row's time at the bandwidth that torch reaches when it adds up a large tensor.
+
 """
 
 
-def render(threads: int, parts: dict[str, list[dict[str, float]]], wholes: dict[str, list[float]]) -> str:
+def render(
+    threads: int, parts: dict[str, list[dict[str, float]]], wholes: dict[str, list[float]], bandwidth: float
+) -> str:
     sizes = bytes_read(Qwen3MoeConfig(**CONFIG))
     lines = [f"## {threads} thread{'s' if threads > 1 else ''}", ""]
     lines += [f"| ms a token | MB read | {' | '.join(parts)} |", "|" + "---|" * (len(parts) + 2)]
@@ -266,6 +293,10 @@ def render(threads: int, parts: dict[str, list[dict[str, float]]], wholes: dict[
     medians = [statistics.median(wholes[name]) for name in parts]
     lines.append(f"| without clocks | | {' | '.join(f'{taken:.2f}' for taken in medians)} |")
     lines.append(f"| tokens/s | | {' | '.join(f'{1e3 / taken:.1f}' for taken in medians)} |")
+    floor = sum(sizes.values()) / bandwidth
+    lines.append(f"| read once at {bandwidth / 1e9:.1f} GB/s | | {' | '.join(f'{1e3 * floor:.2f}' for _ in parts)} |")
+    shares = [1e3 * floor / taken for taken in medians]
+    lines.append(f"| share of that bandwidth | | {' | '.join(f'{share:.0%}' for share in shares)} |")
     return "\n".join([*lines, ""])
 
 

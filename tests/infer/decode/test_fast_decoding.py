@@ -417,3 +417,13 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     with moesaic.fast_decoding(model) as fast:
         assert not fast.counts
         assert type(model.lm_head) is nn.Linear
+
+
+@torch.no_grad()
+def test_compiled_graphs_hold_the_plain_modules(halves: Counter[str]) -> None:
+    model, ids = own(), token_ids(1, 6)
+    expected = model(ids, use_cache=False).logits
+    with moesaic.fast_decoding(model):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, rtol=0, atol=1e-4)
+    assert not halves
