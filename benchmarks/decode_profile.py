@@ -273,7 +273,7 @@ each token, 16 heads of 64 and 4 of keys and values, and a vocabulary of 8,192; 
 python benchmarks/decode_profile.py --write
 ```
 
-Reading the weights once takes the last row's time at the bandwidth that torch reaches when it adds up a large tensor.
+"Read once" is the time of reading the weights at the bandwidth that torch reaches when it adds up a large tensor.
 
 """
 
