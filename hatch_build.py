@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shlex
@@ -28,6 +29,16 @@ def compiler() -> list[str] | None:
     return [found] if found else None
 
 
+def fingerprint() -> str:
+    """What the loader compares with the sources beside it. Importing the package here would import torch."""
+    spec = importlib.util.spec_from_file_location("sources", NATIVE / "sources.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sources = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sources)
+    return sources.fingerprint(NATIVE / "csrc")
+
+
 def build() -> Path | None:
     """Compile the library in place; None and a line on stderr if that can't be done."""
     library = NATIVE / "libmoesaic.so"
@@ -38,16 +49,14 @@ def build() -> Path | None:
     with tempfile.TemporaryDirectory(dir=NATIVE) as folder:
         fresh = Path(folder) / library.name
         sources = sorted(str(path) for path in (NATIVE / "csrc").glob("*.c"))
-        run = subprocess.run(
-            [*command, *FLAGS, *sources, "-o", str(fresh), "-lm", "-pthread"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if run.returncode != 0:
-            print(
-                f"moesaic: installing without native CPU kernels, {command[0]} failed:\n{run.stderr}", file=sys.stderr
-            )
+        call = [*command, *FLAGS, f'-DMOESAIC_SOURCES="{fingerprint()}"', *sources, "-o", str(fresh), "-lm", "-pthread"]
+        try:
+            run = subprocess.run(call, capture_output=True, text=True, check=False)
+            problem = run.stderr if run.returncode != 0 else None
+        except OSError as error:
+            problem = str(error)
+        if problem is not None:
+            print(f"moesaic: installing without native CPU kernels, {command[0]} failed:\n{problem}", file=sys.stderr)
             return None
         # A running process keeps the file it has mapped.
         fresh.replace(library)

@@ -32,9 +32,7 @@ def refuses(case: Case) -> str | None:
         return f"needs one dtype, got {case.dtype} input and {case.weight_dtype} weights"
     if case.fused is None:
         return "does not know the activation"
-    if not library.is_built():
-        return "was not built: no C compiler when moesaic was installed"
-    return None
+    return library.why_not()
 
 
 def suits(case: Case) -> str | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from moesaic.errors import UnsupportedKernel
+from moesaic.layer.kernels.native.sources import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +86,8 @@ class BackwardCall(ctypes.Structure):
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """The library, or None with one log line that says why it is not used."""
-    try:
-        library = ctypes.CDLL(str(PATH))
-    except OSError as error:
-        reason = "it was not built: no C compiler when moesaic was installed" if not PATH.exists() else str(error)
+    library, reason = _found()
+    if library is None:
         logger.warning("native CPU kernels are not used (%s); experts run on torch's own operations", reason)
         return None
     library.moesaic_choose_isa.argtypes, library.moesaic_choose_isa.restype = [c_char_p], c_char_p
@@ -113,17 +112,37 @@ def load() -> ctypes.CDLL | None:
     return library
 
 
+@functools.cache
+def _found() -> tuple[ctypes.CDLL | None, str]:
+    return open_library(PATH, PATH.parent / "csrc")
+
+
+def open_library(path: Path, sources: Path) -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and why not. One that was built from other sources would misread what it is handed."""
+    if not path.exists():
+        return None, "not built: no C compiler when moesaic was installed"
+    try:
+        library = ctypes.CDLL(str(path))
+        library.moesaic_sources.restype = c_char_p
+        built_from = library.moesaic_sources().decode()
+    except (OSError, AttributeError) as error:
+        return None, str(error)
+    if sources.is_dir() and built_from != fingerprint(sources):
+        return None, "built from other sources: install moesaic again"
+    return library, ""
+
+
 @torch.compiler.assume_constant_result
-def is_built() -> bool:
-    """Whether there is a library to load; a compiler takes the answer as a constant."""
-    return load() is not None
+def why_not() -> str | None:
+    """Why there is no library, or None if there is one; a compiler takes the answer as a constant."""
+    return None if load() is not None else _found()[1]
 
 
 def loaded() -> ctypes.CDLL:
     """The library, for calls that come after a kernel was chosen."""
     library = load()
     if library is None:
-        raise UnsupportedKernel("the native CPU kernels were not built; choose experts.kernel = grouped")
+        raise UnsupportedKernel(f"there are no native CPU kernels ({why_not()}); choose experts.kernel = grouped")
     return library
 
 

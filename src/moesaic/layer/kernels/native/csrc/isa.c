@@ -35,3 +35,6 @@ const char *moesaic_choose_isa(const char *at_most) {
     }
     return 0;
 }
+
+/* What this library was built from; see sources.py. */
+const char *moesaic_sources(void) { return MOESAIC_SOURCES; }
