@@ -182,3 +182,10 @@ def test_the_variable_that_overrides_kernels_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setenv("MOESAIC_KERNEL", "loop")
     with pytest.raises(ConfigError, match="MOESAIC_KERNEL = 'loop' overrides which kernels are compared; unset it"):
         run_bench([cell("forward")], FAST)
+
+
+def test_rates_are_the_mean_of_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = iter([Rates(1e10, 3e11, "torch sum"), Rates(3e10, 1e11, "torch maximum")])
+    monkeypatch.setattr(runner, "measure_rates", lambda dtype, device, quick: next(measured))
+    (result,) = run_bench([cell("decode")], Options(rounds=2, only=["moesaic:grouped"])).results
+    assert result.rates == Rates(2e10, 2e11, "torch sum")

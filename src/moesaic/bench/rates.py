@@ -18,7 +18,7 @@ LEAST_SECONDS = 0.4
 
 @dataclass(frozen=True)
 class Rates:
-    """The best that was seen.
+    """The best that was seen in a moment.
 
     Attributes:
         bandwidth: bytes a second that a loop over a large buffer reads.
@@ -29,6 +29,10 @@ class Rates:
     bandwidth: float
     gemm: float
     bandwidth_by: str
+
+    def between(self, other: Rates) -> Rates:
+        """The mean of what was measured before and after a comparison."""
+        return Rates((self.bandwidth + other.bandwidth) / 2, (self.gemm + other.gemm) / 2, self.bandwidth_by)
 
 
 def measure_rates(dtype: torch.dtype, device: str, *, quick: bool = False) -> Rates:

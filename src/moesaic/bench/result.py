@@ -67,7 +67,7 @@ class CellResult:
     Attributes:
         cell: what was compared.
         work: the least that a call has to do.
-        rates: of the machine, measured just before.
+        rates: of the machine, measured just before and after.
         rows: everyone, in the order of tables.
         facts: how the inputs were made.
         finished: False until all rounds are there.

@@ -20,7 +20,7 @@ from moesaic.bench.layer_cell import measure_layer
 from moesaic.bench.memory_cell import measure_memory
 from moesaic.bench.model_cell import measure_model
 from moesaic.bench.models import Models, ModelSize
-from moesaic.bench.rates import Rates, measure_rates
+from moesaic.bench.rates import measure_rates
 from moesaic.bench.result import CellResult
 from moesaic.bench.timing import TimeUp
 from moesaic.errors import ConfigError
@@ -106,7 +106,7 @@ def run_bench(
     run = BenchRun(results=[known[cell] for cell in cells if cell in known and _covers(known[cell], people, options)])
     done = {result.cell for result in run.results}
     run.missing = [cell for cell in cells if cell not in done]
-    layers, models, rates = Layers(options.seed), Models(options.model, options.seed), {}
+    layers, models = Layers(options.seed), Models(options.model, options.seed)
     deadline = math.inf if options.time_limit is None else time.monotonic() + options.time_limit
     try:
         for cell in list(run.missing):
@@ -115,9 +115,13 @@ def run_bench(
             if cell.threads:
                 torch.set_num_threads(cell.threads)
             tell(cell, "measuring bandwidth and GEMM rate")
-            result = CellResult.empty(cell, people, _rates(cell, rates, options.quick))
+            before = measure_rates(cell.torch_dtype, cell.device, quick=options.quick)
+            result = CellResult.empty(cell, people, before)
             try:
                 _measure(result, people, layers, models, options, deadline, lambda text, cell=cell: tell(cell, text))
+                # What neighbours leave of the memory's bandwidth changes within minutes.
+                tell(cell, "measuring bandwidth and GEMM rate again")
+                result.rates = before.between(measure_rates(cell.torch_dtype, cell.device, quick=options.quick))
             finally:
                 if any(row.measured for row in result.rows) or result.finished:
                     run.results.append(result)
@@ -167,13 +171,6 @@ def _covers(result: CellResult, people: Sequence[Contender], options: Options) -
         return False
     have = {row.name for row in result.rows}
     return all(person.name in have for person in people if person.takes(result.cell))
-
-
-def _rates(cell: Cell, known: dict[tuple[str, int, str], Rates], quick: bool) -> Rates:
-    key = (cell.dtype, cell.threads, cell.device)
-    if key not in known:
-        known[key] = measure_rates(cell.torch_dtype, cell.device, quick=quick)
-    return known[key]
 
 
 def chosen(people: Sequence[Contender], only: Sequence[str], skip: Sequence[str]) -> list[Contender]:
