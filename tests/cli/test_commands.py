@@ -23,7 +23,18 @@ COMMANDS = [command.name for command in app.registered_commands]
 
 
 def test_every_command_of_the_design_is_there() -> None:
-    assert COMMANDS == ["demo", "train", "generate", "eval", "convert", "upcycle", "export", "inspect", "reproduce"]
+    assert COMMANDS == [
+        "demo",
+        "train",
+        "generate",
+        "eval",
+        "convert",
+        "upcycle",
+        "export",
+        "inspect",
+        "bench",
+        "reproduce",
+    ]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -17,7 +17,8 @@ from moesaic.errors import ConfigError, UnsupportedModel
 from moesaic.layer import MoESpec
 from moesaic.transform import copy_spec, upcycle
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+# Experts and dense layers sum in different orders; gemma3 scales its residuals up.
+CLOSE = {"rtol": 1e-4, "atol": 3e-5}
 
 
 @pytest.fixture(scope="module")

@@ -7,122 +7,19 @@ when a weight has moved, and never copied or pickled: whoever holds one copies i
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable, Sequence
-from ctypes import c_double, c_int64, c_void_p
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moesaic.layer.kernels.native import library
+from moesaic.layer.kernels.native import decode_library, library
 from moesaic.layer.kernels.native.experts import packed
 from moesaic.layer.kernels.weights import ExpertWeights
 
-LINEARS_MOST = 4
-
 # Most rows (tokens of all sequences) that these functions are for.
 ROWS_MOST = 16
-
-
-class _Linears(ctypes.Structure):
-    _fields_ = (
-        ("type", c_int64),
-        ("count", c_int64),
-        ("inputs", c_int64),
-        ("weight", c_void_p * LINEARS_MOST),
-        ("stride", c_int64 * LINEARS_MOST),
-        ("out", c_int64 * LINEARS_MOST),
-        ("bias", c_void_p * LINEARS_MOST),
-    )
-
-
-class _Norm(ctypes.Structure):
-    _fields_ = (("type", c_int64), ("width", c_int64), ("weight", c_void_p), ("epsilon", c_double))
-
-
-class _Attention(ctypes.Structure):
-    _fields_ = (
-        ("projections", _Linears),
-        ("output", _Linears),
-        ("q_norm", _Norm),
-        ("k_norm", _Norm),
-        ("heads", c_int64),
-        ("kv_heads", c_int64),
-        ("width", c_int64),
-        ("scaling", c_double),
-    )
-
-
-class _AttentionHalf(ctypes.Structure):
-    _fields_ = (("before", _Norm), ("after", _Norm), ("attention", _Attention))
-
-
-class _Place(ctypes.Structure):
-    _fields_ = (
-        ("cos", c_void_p),
-        ("sin", c_void_p),
-        ("rotation_stride", c_int64),
-        ("keys", c_void_p),
-        ("values", c_void_p),
-        ("batch_stride", c_int64),
-        ("head_stride", c_int64),
-        ("length", c_int64),
-        ("mask", c_void_p),
-        ("mask_stride", c_int64),
-    )
-
-
-class _Router(ctypes.Structure):
-    _fields_ = (
-        ("logits", _Linears),
-        ("top_k", c_int64),
-        ("sigmoid", c_int64),
-        ("over_selected", c_int64),
-        ("normalize", c_int64),
-        ("round_logits", c_int64),
-        ("round_scores", c_int64),
-        ("epsilon", c_double),
-        ("scale", c_double),
-    )
-
-
-class _MoEHalf(ctypes.Structure):
-    _fields_ = (("router", _Router), ("experts", library.ExpertsCall), ("num_experts", c_int64))
-
-
-@dataclass(frozen=True)
-class _Calls:
-    linears: Callable[..., int]
-    norm: Callable[..., None]
-    attention: Callable[..., int]
-    router: Callable[..., int]
-    attention_half: Callable[..., int]
-    moe_half: Callable[..., int]
-
-
-@functools.cache
-def _calls() -> _Calls:
-    loaded = library.loaded()
-    loaded.moesaic_linears_run.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64]
-    loaded.moesaic_linears_run.restype = ctypes.c_long
-    loaded.moesaic_norm_rows.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p]
-    loaded.moesaic_norm_rows.restype = None
-    loaded.moesaic_attention_step.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64]
-    loaded.moesaic_router_step.argtypes = [c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 4, c_int64]
-    loaded.moesaic_attention_half_step.argtypes = [c_void_p, c_void_p, c_int64, *[c_void_p] * 3, c_int64]
-    loaded.moesaic_moe_half_step.argtypes = [c_void_p, c_void_p, c_int64, *[c_void_p] * 6, c_int64]
-    for name in ("attention_step", "router_step", "attention_half_step", "moe_half_step"):
-        getattr(loaded, f"moesaic_{name}").restype = ctypes.c_long
-    return _Calls(
-        loaded.moesaic_linears_run,
-        loaded.moesaic_norm_rows,
-        loaded.moesaic_attention_step,
-        loaded.moesaic_router_step,
-        loaded.moesaic_attention_half_step,
-        loaded.moesaic_moe_half_step,
-    )
 
 
 def available() -> bool:
@@ -164,9 +61,9 @@ Pair = tuple[Tensor, Tensor | None]
 Norm = tuple[Tensor, float]
 
 
-def _linears(pairs: Sequence[Pair]) -> _Linears:
+def _linears(pairs: Sequence[Pair]) -> decode_library.Linears:
     """Projections (weight (O, I), bias (O,) or None) of one input."""
-    call, first = _Linears(), pairs[0][0]
+    call, first = decode_library.Linears(), pairs[0][0]
     call.type, call.count, call.inputs = library.DTYPES[first.dtype], len(pairs), first.shape[1]
     for index, (weight_OI, bias_O) in enumerate(pairs):
         if weight_OI.stride(1) != 1 or weight_OI.dtype is not first.dtype:
@@ -176,8 +73,8 @@ def _linears(pairs: Sequence[Pair]) -> _Linears:
     return call
 
 
-def _norm(weight_D: Tensor, epsilon: float) -> _Norm:
-    return _Norm(library.DTYPES[weight_D.dtype], weight_D.shape[0], weight_D.data_ptr(), epsilon)
+def _norm(weight_D: Tensor, epsilon: float) -> decode_library.Norm:
+    return decode_library.Norm(library.DTYPES[weight_D.dtype], weight_D.shape[0], weight_D.data_ptr(), epsilon)
 
 
 class LinearsPlan:
@@ -192,7 +89,7 @@ class LinearsPlan:
         self._address = ctypes.addressof(self._call)
         self.address = pairs[0][0].data_ptr()
         self.outs = [weight_OI.shape[0] for weight_OI, _ in pairs]
-        self._run = _calls().linears
+        self._run = decode_library.calls().linears
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         """The outputs (T, O) one after the other, flat."""
@@ -218,7 +115,7 @@ class NormPlan:
         self._call = _norm(weight_D, epsilon)
         self._address = ctypes.addressof(self._call)
         self.address = weight_D.data_ptr()
-        self._run = _calls().norm
+        self._run = decode_library.calls().norm
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         """Normalised rows of a contiguous (..., D)."""
@@ -251,8 +148,8 @@ class RouterRule:
     round_weights: bool = False
 
 
-def _router(weight_ND: Tensor, bias_N: Tensor | None, rule: RouterRule) -> _Router:
-    return _Router(
+def _router(weight_ND: Tensor, bias_N: Tensor | None, rule: RouterRule) -> decode_library.Router:
+    return decode_library.Router(
         _linears([(weight_ND, bias_N)]),
         rule.top_k,
         rule.sigmoid,
@@ -279,7 +176,7 @@ class RouterPlan:
         self._address = ctypes.addressof(self._call)
         self.address, self.rule = weight_ND.data_ptr(), rule
         self._num_experts, self._top_k = weight_ND.shape[0], rule.top_k
-        self._run = _calls().router
+        self._run = decode_library.calls().router
 
     def __call__(self, x_TD: Tensor) -> Picks:
         """The picks of (T, D)."""
@@ -320,7 +217,7 @@ class Place:
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
-        self._call = _Place(keys=keys.data_ptr(), values=values.data_ptr())
+        self._call = decode_library.Place(keys=keys.data_ptr(), values=values.data_ptr())
         self._call.batch_stride, self._call.head_stride = keys.stride(0), keys.stride(1)
 
     def __deepcopy__(self, memo: dict) -> Place:
@@ -358,12 +255,12 @@ class AttentionWeights(NamedTuple):
     k_norm: Norm | None = None
 
 
-def _attention(weights: AttentionWeights) -> _Attention:
-    return _Attention(
+def _attention(weights: AttentionWeights) -> decode_library.Attention:
+    return decode_library.Attention(
         _linears([weights.q, weights.k, weights.v]),
         _linears([weights.o]),
-        _Norm() if weights.q_norm is None else _norm(*weights.q_norm),
-        _Norm() if weights.k_norm is None else _norm(*weights.k_norm),
+        decode_library.Norm() if weights.q_norm is None else _norm(*weights.q_norm),
+        decode_library.Norm() if weights.k_norm is None else _norm(*weights.k_norm),
         weights.q[0].shape[0] // weights.width,
         weights.k[0].shape[0] // weights.width,
         weights.width,
@@ -378,7 +275,7 @@ class AttentionPlan:
         self._call = _attention(weights)
         self._address = ctypes.addressof(self._call)
         self._hidden = weights.o[0].shape[0]
-        self._run = _calls().attention
+        self._run = decode_library.calls().attention
 
     def __call__(self, x_BD: Tensor, place: int) -> Tensor:
         """Attend from the normalised input, writing the new key and value at `place`; returns (B, D)."""
@@ -401,9 +298,9 @@ class AttentionHalfPlan:
     """The first half of a decoder layer with norms before its halves: x + attention(norm(x)), and the next norm."""
 
     def __init__(self, before: Norm, weights: AttentionWeights, after: Norm) -> None:
-        self._call = _AttentionHalf(_norm(*before), _norm(*after), _attention(weights))
+        self._call = decode_library.AttentionHalf(_norm(*before), _norm(*after), _attention(weights))
         self._address = ctypes.addressof(self._call)
-        self._run = _calls().attention_half
+        self._run = decode_library.calls().attention_half
 
     def __call__(self, x_B1D: Tensor, place: int) -> tuple[Tensor, Tensor]:
         """The sum and its norm, of the shape of a contiguous (B, 1, D)."""
@@ -432,9 +329,9 @@ class MoEHalfPlan:
 
     def __init__(self, weight_ND: Tensor, bias_N: Tensor | None, rule: RouterRule, experts: ExpertWeights) -> None:
         self._num_experts, self._top_k = weight_ND.shape[0], rule.top_k
-        self._call = _MoEHalf(_router(weight_ND, bias_N, rule), packed(experts), self._num_experts)
+        self._call = decode_library.MoEHalf(_router(weight_ND, bias_N, rule), packed(experts), self._num_experts)
         self._address = ctypes.addressof(self._call)
-        self._run = _calls().moe_half
+        self._run = decode_library.calls().moe_half
 
     def __call__(self, x_TD: Tensor, residual: Tensor | None) -> tuple[Tensor, Picks]:
         """The experts' output, added to `residual` if there is one, in the shape of `x_TD`; and the picks."""
