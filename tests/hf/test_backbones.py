@@ -28,7 +28,7 @@ def test_surgery_preserves_the_function(model_type: str) -> None:
     assert list(model.moe_blocks()) == [0, 1, 2]
 
     expected, actual = dense(ids, labels=ids), model(ids, labels=ids)
-    torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-4, atol=3e-5)
     expected.loss.backward()
     actual.loss.backward()
     kept = gradients(dense)
