@@ -103,6 +103,10 @@ class LayerEntry(Entry):
         return found
 
     def sample(self) -> float:
+        if self._cell.kind.backward:
+            # A training step follows another: what that one freed is at hand. Memory that lies idle while others have
+            # their turn goes back to the system, or from a virtual machine to its host, and is slow to come back.
+            self._timed(self._calls[-1])
         return sum(self._timed(call) for call in self._calls) / len(self._calls)
 
     def _timed(self, call: Call) -> float:
