@@ -32,8 +32,8 @@ def test_every_command_of_the_design_is_there() -> None:
         "upcycle",
         "export",
         "inspect",
-        "bench",
         "reproduce",
+        "bench",
     ]
 
 

@@ -14,6 +14,8 @@ LINEARS_MOST = 4
 
 
 class Linears(ctypes.Structure):
+    """Up to four projections of one input: `moesaic_linears`."""
+
     _fields_ = (
         ("type", c_int64),
         ("count", c_int64),
@@ -26,10 +28,14 @@ class Linears(ctypes.Structure):
 
 
 class Norm(ctypes.Structure):
+    """RMSNorm: `moesaic_norm`."""
+
     _fields_ = (("type", c_int64), ("width", c_int64), ("weight", c_void_p), ("epsilon", c_double))
 
 
 class Attention(ctypes.Structure):
+    """Projections, norms on heads, rotation and output of attention: `moesaic_attention`."""
+
     _fields_ = (
         ("projections", Linears),
         ("output", Linears),
@@ -43,10 +49,14 @@ class Attention(ctypes.Structure):
 
 
 class AttentionHalf(ctypes.Structure):
+    """Norms and attention of a decoder layer: `moesaic_attention_half`."""
+
     _fields_ = (("before", Norm), ("after", Norm), ("attention", Attention))
 
 
 class Place(ctypes.Structure):
+    """Where keys, values and rotations of one step are: `moesaic_place`."""
+
     _fields_ = (
         ("cos", c_void_p),
         ("sin", c_void_p),
@@ -62,6 +72,8 @@ class Place(ctypes.Structure):
 
 
 class Router(ctypes.Structure):
+    """A top-k router: `moesaic_router`."""
+
     _fields_ = (
         ("logits", Linears),
         ("top_k", c_int64),
@@ -76,11 +88,15 @@ class Router(ctypes.Structure):
 
 
 class MoEHalf(ctypes.Structure):
+    """Router and experts of a decoder layer: `moesaic_moe_half`."""
+
     _fields_ = (("router", Router), ("experts", library.ExpertsCall), ("num_experts", c_int64))
 
 
 @dataclass(frozen=True)
 class Calls:
+    """The functions, with their argument types set."""
+
     linears: Callable[..., int]
     norm: Callable[..., None]
     attention: Callable[..., int]
@@ -91,6 +107,7 @@ class Calls:
 
 @functools.cache
 def calls() -> Calls:
+    """The functions of the library that was built."""
     loaded = library.loaded()
     loaded.moesaic_linears_run.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64]
     loaded.moesaic_linears_run.restype = ctypes.c_long
