@@ -99,6 +99,7 @@ def _forward(
     limit: float,
     save_up: bool,
 ) -> tuple[Tensor, Tensor]:
+    """(y_TD, rows of the first projection in expert order if `save_up`)."""
     x_TD, index_TK, weight_TK = rows_of(x_TD), index_TK.contiguous(), weight_TK.contiguous()
     up_NHD, down_NDF = weight_rows_of(up_NHD), weight_rows_of(down_NDF)
     saved_SH = fresh((index_TK.numel() if save_up else 0, up_NHD.shape[1]), x_TD.dtype)
@@ -159,38 +160,7 @@ def _way(call: library.ExpertsCall, ordered: Ordered) -> Any:
     return native.moesaic_experts_forward_packed
 
 
-@torch.library.custom_op("moesaic::native_experts", mutates_args=())
-def native_experts(
-    x_TD: Tensor,
-    up_NHD: Tensor,
-    down_NDF: Tensor,
-    up_bias_NH: Tensor | None,
-    down_bias_ND: Tensor | None,
-    index_TK: Tensor,
-    weight_TK: Tensor,
-    activation: int,
-    gated: bool,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-    save_up: bool,
-) -> tuple[Tensor, Tensor]:
-    """(y_TD, rows of the first projection in expert order if `save_up`)."""
-    return _forward(
-        x_TD,
-        up_NHD,
-        down_NDF,
-        up_bias_NH,
-        down_bias_ND,
-        index_TK,
-        weight_TK,
-        activation,
-        gated,
-        interleaved,
-        alpha,
-        limit,
-        save_up,
-    )
+native_experts = torch.library.custom_op("moesaic::native_experts", _forward, mutates_args=())
 
 
 @native_experts.register_fake
