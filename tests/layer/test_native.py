@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +12,6 @@ from moesaic.layer.kernels.native import library
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="native kernels were not built: no C compiler")
 
-ISAS = ["AVX-512 with bfloat16", "AVX-512", "AVX2", "portable"]
 ACTIVATIONS = {
     "silu": FusedActivation("silu", gated=True),
     "gelu": FusedActivation("gelu", gated=True),
@@ -25,18 +22,6 @@ ACTIVATIONS = {
     "interleaved": FusedActivation("clamped_swiglu", gated=True, interleaved=True, alpha=1.702, limit=0.5),
 }
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    native = library.loaded()
-    best = native.moesaic_choose_isa(None)
-    try:
-        if native.moesaic_choose_isa(request.param.encode()).decode() != request.param:
-            pytest.skip(f"this machine has no {request.param}")
-        yield request.param
-    finally:
-        native.moesaic_choose_isa(best)
 
 
 def make_weights(

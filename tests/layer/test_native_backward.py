@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -18,7 +17,6 @@ from moesaic.layer.kernels.native import library
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="native kernels were not built: no C compiler")
 
-ISAS = ["AVX-512 with bfloat16", "AVX-512", "AVX2", "portable"]
 N, D, WIDTH = 5, 77, 45
 ACTIVATIONS = {
     "silu": FusedActivation("silu", gated=True),
@@ -34,18 +32,6 @@ ACTIVATIONS = {
 # Of the largest value, for sums that come out smaller than their terms.
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 NAMES = ("x", "weight", "up", "down", "up_bias", "down_bias")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    native = library.loaded()
-    best = native.moesaic_choose_isa(None)
-    try:
-        if native.moesaic_choose_isa(request.param.encode()).decode() != request.param:
-            pytest.skip(f"this machine has no {request.param}")
-        yield request.param
-    finally:
-        native.moesaic_choose_isa(best)
 
 
 def make_weights(

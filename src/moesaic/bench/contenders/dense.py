@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ class _Dense(LayerContender):
     def enter(self, cell: Cell, inputs: LayerInputs) -> Entry:
         return _DenseEntry(cell, [self.call(call) for call in inputs.calls], dense_forward)
 
+    @abstractmethod
     def call(self, call: Call) -> Call:
         """The inputs of the dense layer; its weights have no axis of experts."""
-        raise NotImplementedError
 
 
 class DenseChain(_Dense):
