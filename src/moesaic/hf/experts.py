@@ -81,6 +81,14 @@ class MoesaicExperts(_SwitchedExperts):
         """Ours and those of transformers."""
         return model_kernels(may_skip=self.may_skip)
 
+    def forward(
+        self, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, *, merge_GN: Tensor | None = None
+    ) -> Tensor:
+        if merge_GN is None:
+            return super().forward(hidden_TD, index_TK, weight_TK)
+        # Transformers' functions know no merged experts.
+        return Experts.forward(self, hidden_TD, index_TK, weight_TK, merge_GN=merge_GN)
+
 
 def moesaic_experts_forward(module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """What `experts_implementation="moesaic"` runs, on our experts and on those of every stock family.

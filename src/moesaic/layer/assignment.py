@@ -9,15 +9,23 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moesaic.layer.kernels import KERNELS, ExpertWeights, run_experts
+
+class ExpertsCall(Protocol):
+    """The experts of a layer, wherever they are."""
+
+    def __call__(
+        self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, /, *, merge_GN: Tensor | None = None
+    ) -> Tensor:
+        """y_TD; with `merge_GN` the index counts G experts that are merged from all N (see `Experts`)."""
+        ...
 
 
 class Assignment(Protocol):
     """Runs the experts in place of the call with `index_TK` and `weight_TK`."""
 
-    def run(self, experts: nn.Module, x_TD: Tensor) -> Tensor:
+    def run(self, experts: ExpertsCall, x_TD: Tensor) -> Tensor:
         """y_TD."""
         ...
 
@@ -38,7 +46,7 @@ class Slots:
     combine_BLP: Tensor
     num_experts: int
 
-    def run(self, experts: nn.Module, x_TD: Tensor) -> Tensor:
+    def run(self, experts: ExpertsCall, x_TD: Tensor) -> Tensor:
         batch, length, slots = self.dispatch_BLP.shape
         width = x_TD.shape[-1]
         x_BLD = x_TD.view(batch, length, width)
@@ -70,7 +78,7 @@ class SlotsAcross:
     batch_size: int
     group_size: int
 
-    def run(self, experts: nn.Module, x_TD: Tensor) -> Tensor:
+    def run(self, experts: ExpertsCall, x_TD: Tensor) -> Tensor:
         x_SD = group_across(x_TD, self.batch_size, self.group_size).flatten(0, 1)
         y_GMD = self.slots.run(experts, x_SD).view(-1, self.group_size, x_TD.shape[-1])
         return ungroup_across(y_GMD, self.batch_size, x_TD.shape[0])
@@ -109,16 +117,8 @@ class Merge:
     group_T: Tensor
     added_TD: Tensor | None = None
 
-    def run(self, experts: nn.Module, x_TD: Tensor) -> Tensor:
-        weights = ExpertWeights.of(experts).merged(self.weight_GN)
+    def run(self, experts: ExpertsCall, x_TD: Tensor) -> Tensor:
         if self.added_TD is not None:
             x_TD = x_TD + self.added_TD.to(x_TD.dtype)
         one_T1 = torch.ones(self.group_T.shape[0], 1, dtype=self.weight_GN.dtype, device=x_TD.device)
-        return run_experts(
-            getattr(experts, "kernel", "auto"),
-            weights,
-            x_TD,
-            self.group_T.unsqueeze(-1),
-            one_T1,
-            kernels=getattr(experts, "kernels", KERNELS),
-        )
+        return experts(x_TD, self.group_T.unsqueeze(-1), one_T1, merge_GN=self.weight_GN)

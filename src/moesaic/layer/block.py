@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moesaic.layer.capacity import limit_capacity
 from moesaic.layer.depth import Passing
+from moesaic.layer.dispatch import LOCAL, Dispatch
 from moesaic.layer.experts import ActivationName, Experts
 from moesaic.layer.load import LayerLoad
 from moesaic.layer.record import RoutingContext
@@ -32,8 +33,12 @@ class MoEBlock(nn.Module):
         hidden_size: D.
         layer: index of the decoder layer, under which the routing is recorded.
         experts: experts module to use instead of `Experts` (adapters and compressed experts come in here).
+
+    Attributes:
+        dispatch: how tokens reach experts; expert parallelism sets it.
     """
 
+    dispatch: Dispatch = LOCAL
     adaptive_coefficients: Tensor | None
 
     def __init__(self, spec: MoESpec, hidden_size: int, layer: int = 0, experts: nn.Module | None = None) -> None:
@@ -115,14 +120,19 @@ class MoEBlock(nn.Module):
             routing = passing.record(routing, context)
         if context is not None:
             context.commit(self.layer, routing)
+        shared_TD = None
         if routing.assignment is not None:
-            y_TD = routing.assignment.run(self.experts, x_TD)
+            y_TD = routing.assignment.run(self._run_experts, x_TD)
         else:
-            y_TD = self.experts(x_TD, routing.index_TK, routing.weight_TK)
+            travel = self.dispatch.send(x_TD, routing.index_TK, routing.weight_TK)
+            shared_TD = self._shared(x_TD, passing)
+            y_TD = travel.combine(self.experts(*travel.arrive()))
         if routing.identity_weight_T is not None:
             y_TD = y_TD + (routing.identity_weight_T.unsqueeze(-1) * x_TD).to(y_TD.dtype)
-        if self.shared_experts is not None:
-            y_TD = y_TD + self._shared(x_TD, passing)
+        if routing.assignment is not None:
+            shared_TD = self._shared(x_TD, passing)
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
         if passing is not None:
             y_TD = passing.scaled(y_TD)
         if self.dropout is not None:
@@ -141,13 +151,24 @@ class MoEBlock(nn.Module):
         logits_T = linear(x_TD, self.depth_gate.weight).squeeze(-1)
         return self.depth.choose(logits_T, context, training=self.training)
 
-    def _shared(self, x_TD: Tensor, passing: Passing | None) -> Tensor:
-        """Outputs of the shared experts, 0 for tokens that don't pass the block."""
-        assert self.shared_experts is not None
+    def _run_experts(
+        self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, *, merge_GN: Tensor | None = None
+    ) -> Tensor:
+        """The experts' call, wherever they are; merged experts are made and run here."""
+        if merge_GN is not None:
+            return self.experts(x_TD, index_TK, weight_TK, merge_GN=merge_GN)
+        travel = self.dispatch.send(x_TD, index_TK, weight_TK)
+        return travel.combine(self.experts(*travel.arrive()))
+
+    def _shared(self, x_TD: Tensor, passing: Passing | None) -> Tensor | None:
+        """Outputs of the shared experts, 0 for tokens that don't pass the block; None without shared experts."""
+        if self.shared_experts is None:
+            return None
         # How many pass is not known to a compiler; it computes all, and the others' outputs are cleared later.
         if passing is not None and not torch.compiler.is_compiling():
             row_S = passing.passes_T.nonzero().squeeze(-1)
             rows_SD = self._shared(x_TD.index_select(0, row_S), None)
+            assert rows_SD is not None
             return rows_SD.new_zeros(x_TD.shape).index_copy(0, row_S, rows_SD)
         shared_TD = self.shared_experts(x_TD)
         if self.shared_expert_gate is not None:

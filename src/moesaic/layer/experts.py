@@ -120,11 +120,16 @@ class Experts(nn.Module):
             else:
                 nn.init.normal_(parameter, std=std)
 
-    def forward(self, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        """The weighted sum of the picked experts for each token, y_TD; an index of N picks no expert."""
+    def forward(
+        self, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, *, merge_GN: Tensor | None = None
+    ) -> Tensor:
+        """The weighted sum of the picked experts for each token, y_TD; an index of N picks no expert.
+
+        With `merge_GN`, indices count G experts instead, whose parameters are sums of all N experts' with these weights.
+        """
         return run_experts(
             self.kernel,
-            ExpertWeights.of(self),
+            ExpertWeights.of(self) if merge_GN is None else ExpertWeights.whole(self).merged(merge_GN),
             hidden_TD,
             index_TK,
             weight_TK,

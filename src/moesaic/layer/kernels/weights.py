@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
 
 from moesaic.errors import UnsupportedKernel
 from moesaic.layer.kernels.activation import FusedActivation, recognise
@@ -44,7 +45,7 @@ class ExpertWeights:
 
         Read are the flags `has_gate`, `has_bias`, `is_transposed` (weights stored (in, out)), the parameters
         `gate_up_proj` or `up_proj`, `down_proj`, their `_bias`, and `_apply_gate` or `act_fn`. No weight is copied: weights
-        of transposed modules are views with strides.
+        of transposed modules are views with strides, and of distributed ones what this rank holds.
 
         Raises:
             UnsupportedKernel: if a norm follows each expert, which no kernel here computes.
@@ -54,16 +55,25 @@ class ExpertWeights:
                 f"{type(module).__name__}.has_post_expert_norm = True cannot be computed by these kernels; "
                 "set experts_implementation to eager or grouped_mm for this model"
             )
+        return cls._viewed(module, _local)
+
+    @classmethod
+    def whole(cls, module: Any) -> ExpertWeights:
+        """As `of`, with all experts also where they are distributed; their gradients are summed over the ranks."""
+        return cls._viewed(module, _gathered)
+
+    @classmethod
+    def _viewed(cls, module: Any, plain: Callable[[Tensor], Tensor]) -> ExpertWeights:
         name = "gate_up_proj" if module.has_gate else "up_proj"
-        up, down = getattr(module, name), module.down_proj
+        up, down = plain(getattr(module, name)), plain(module.down_proj)
         if module.is_transposed:
             up, down = up.transpose(1, 2), down.transpose(1, 2)
         return cls(
             up_NHD=up,
             down_NDF=down,
             activate=module._apply_gate if module.has_gate else module.act_fn,
-            up_bias_NH=getattr(module, f"{name}_bias") if module.has_bias else None,
-            down_bias_ND=module.down_proj_bias if module.has_bias else None,
+            up_bias_NH=plain(getattr(module, f"{name}_bias")) if module.has_bias else None,
+            down_bias_ND=plain(module.down_proj_bias) if module.has_bias else None,
             fused=recognise(module),
         )
 
@@ -79,3 +89,13 @@ class ExpertWeights:
         return ExpertWeights(
             up_GHD, down_GDF, self.activate, merge(self.up_bias_NH), merge(self.down_bias_ND), self.fused
         )
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.full_tensor(grad_placements=[Partial()] * parameter.device_mesh.ndim)

@@ -1,0 +1,17 @@
+"""What the fork server of `run_ranks` imports once."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import torch.distributed
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+
+import moesaic  # noqa: F401
+import moesaic.train  # noqa: F401
+
+torch.set_num_threads(1)

@@ -1,0 +1,88 @@
+"""Runs a function on every rank of a small world of gloo processes, on this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60.0) -> list[Any]:
+    """Results of `function(*arguments)` on ranks 0 to world - 1, in order.
+
+    Children come from a fork server that has imported everything, so that a world starts in a fraction of a second.
+    `function` must be importable; inside it torch.distributed is started.
+
+    Raises:
+        AssertionError: with the traceback of the first rank that failed, or if some did not end in time.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed.preload"])
+    answers = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(target=_rank, args=(rank, world, folder, answers, function, arguments), daemon=True)
+            for rank in range(world)
+        ]
+        for rank in ranks:
+            rank.start()
+        try:
+            return _collect(ranks, answers, time.monotonic() + timeout)
+        finally:
+            for rank in ranks:
+                if rank.is_alive():
+                    rank.kill()
+                rank.join()
+
+
+def _collect(ranks: list[Any], answers: Any, deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(ranks):
+        try:
+            rank, failure, result = answers.get(timeout=0.2)
+        except queue.Empty:
+            dead = [index for index, rank in enumerate(ranks) if not rank.is_alive() and index not in results]
+            # What a rank wrote last may still be on its way.
+            if dead and answers.empty():
+                codes = [ranks[index].exitcode for index in dead]
+                raise AssertionError(f"ranks {dead} ended without an answer, exit codes {codes}") from None
+            missing = sorted(set(range(len(ranks))) - set(results))
+            assert time.monotonic() < deadline, f"ranks {missing} did not end in time"
+            continue
+        assert failure is None, f"rank {rank} failed:\n{failure}"
+        results[rank] = result
+    return [results[rank] for rank in range(len(ranks))]
+
+
+def _rank(
+    rank: int, world: int, folder: str, answers: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    failure = result = None
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{Path(folder) / 'store'}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=30),
+        )
+        result = function(*arguments)
+    except BaseException:
+        failure = traceback.format_exc()
+    answers.put((rank, failure, result))
+    answers.close()
+    answers.join_thread()
+    # Not a clean end of the group, which would wait for ranks that have failed.
+    os._exit(0 if failure is None else 1)
