@@ -11,7 +11,7 @@ import torch.distributed
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
 
-import moesaic  # noqa: F401
+import moesaic
 import moesaic.train  # noqa: F401
 
 torch.set_num_threads(1)
