@@ -8,6 +8,8 @@ BIN := .venv/bin
 NATIVE := hatch_build.py $(wildcard src/moesaic/layer/kernels/native/csrc/*)
 REQUIREMENTS := pyproject.toml constraints.txt $(NATIVE)
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt --editable
+# DeepSpeed imports the torch of the environment while it builds. As an extra it would be built beside another torch.
+DEEPSPEED := DS_BUILD_OPS=0 $(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation deepspeed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -54,4 +56,5 @@ clean: ## remove the environment, caches and built files; runs/ stays
 .venv/.installed-dev: .venv/.created $(REQUIREMENTS)
 	@echo "Installing moesaic with its development tools into .venv (the first time takes minutes)"
 	$(INSTALL) ".[train,lora,plots,eval,docs,dev]"
+	$(DEEPSPEED) || echo "DeepSpeed can't be installed here: tests that compare with it will be skipped"
 	@touch $@ .venv/.installed-demo
