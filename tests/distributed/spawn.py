@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import queue
 import tempfile
 import time
@@ -60,7 +61,7 @@ def _collect(ranks: list[Any], answers: Any, deadline: float) -> list[Any]:
             assert time.monotonic() < deadline, f"ranks {missing} did not end in time"
             continue
         assert failure is None, f"rank {rank} failed:\n{failure}"
-        results[rank] = result
+        results[rank] = pickle.loads(result)
     return [results[rank] for rank in range(len(ranks))]
 
 
@@ -81,7 +82,8 @@ def _rank(
         result = function(*arguments)
     except BaseException:
         failure = traceback.format_exc()
-    answers.put((rank, failure, result))
+    # As bytes: a queue of multiprocessing would hand over file descriptors of tensors, which end with this process.
+    answers.put((rank, failure, pickle.dumps(result)))
     answers.close()
     answers.join_thread()
     # Not a clean end of the group, which would wait for ranks that have failed.

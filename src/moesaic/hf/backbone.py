@@ -18,6 +18,19 @@ from moesaic.layer import Experts, MoEBlock, MoESpec, Router, RoutingContext
 CONTEXT = "routing_context"
 
 
+class Carried:
+    """A routing context on its way down: opaque to FSDP, which would pass each layer a copy of a dataclass with tensors."""
+
+    def __init__(self, context: RoutingContext) -> None:
+        self.context = context
+
+
+def take_context(kwargs: dict[str, Any]) -> RoutingContext | None:
+    """The context among the keywords of a layer or its attention, which no longer hold it afterwards."""
+    carried: Carried | None = kwargs.pop(CONTEXT, None)
+    return None if carried is None else carried.context
+
+
 class BackboneMoEBlock(MoEBlock):
     """An `MoEBlock` that stock decoder layers can call: they pass hidden states and nothing else.
 
@@ -33,7 +46,7 @@ class BackboneMoEBlock(MoEBlock):
 
     def receive_context(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """Forward pre-hook of the layer's attention: keep the context and take it out of the keywords."""
-        self.context = kwargs.pop(CONTEXT, None)
+        self.context = take_context(kwargs)
         return args, kwargs
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Any:
@@ -127,3 +140,12 @@ def moe_blocks(backbone: PreTrainedModel) -> dict[int, MoEBlock]:
         if isinstance(block, MoEBlock):
             found[index] = block
     return found
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a transformers model that it says must stay whole: the units of sharding and recomputation."""
+    names: set[str] = set()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            names.update(module._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ class MoesaicExperts(_SwitchedExperts):
         if merge_GN is None:
             return super().forward(hidden_TD, index_TK, weight_TK)
         # Transformers' functions know no merged experts.
-        return Experts.forward(self, hidden_TD, index_TK, weight_TK, merge_GN=merge_GN)
+        return Experts.forward(cast(Experts, self), hidden_TD, index_TK, weight_TK, merge_GN=merge_GN)
 
 
 def moesaic_experts_forward(module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from moesaic.errors import UnsupportedDecoding
-from moesaic.hf.backbone import CONTEXT, build_backbone, moe_blocks
+from moesaic.hf.backbone import CONTEXT, Carried, build_backbone, moe_blocks
 from moesaic.hf.configuration import MoesaicConfig
 from moesaic.hf.experts import IMPLEMENTATION, check_implementation
 from moesaic.hf.families import family_of
@@ -170,7 +170,7 @@ class MoesaicModel(MoesaicPreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             return_dict=True,
-            **{CONTEXT: context},
+            **{CONTEXT: Carried(context)},
             **kwargs,
         )
         for listener in self._listeners.values():

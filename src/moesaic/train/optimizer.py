@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from moesaic.train.config import TrainConfig
@@ -20,12 +21,14 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters as two optimiser groups, decayed and not; a group that would be empty is left out."""
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decayed = [parameter for name, parameter in trainable if is_decayed(name, parameter)]
-    others = [parameter for name, parameter in trainable if not is_decayed(name, parameter)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    """Trainable parameters as optimiser groups: decayed and not, and by device mesh, since one kernel takes one mesh."""
+    groups: dict[tuple[bool, Any], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups.setdefault((is_decayed(name, parameter), mesh), []).append(parameter)
+    decayed_first = sorted(groups.items(), key=lambda group: not group[0][0])
+    return [{"params": found, "weight_decay": weight_decay * decayed} for (decayed, _), found in decayed_first]
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> AdamW:

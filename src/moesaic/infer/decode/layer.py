@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesaic.hf.backbone import CONTEXT, BackboneMoEBlock
+from moesaic.hf.backbone import BackboneMoEBlock, take_context
 from moesaic.infer.decode import attention, block, source
 from moesaic.infer.decode.attention import FastAttention, step_of, weights_of
 from moesaic.infer.decode.norm import FastNorm
@@ -60,7 +60,7 @@ class FastLayer(Fast):
             held = own.__dict__[PLAN] = _planned(own)
         if held.first is None or not x_B1D.is_contiguous():
             return None
-        context = kwargs.pop(CONTEXT, None)
+        context = take_context(kwargs)
         step = step_of(own.self_attn, x_B1D, position_embeddings, attention_mask, past_key_values, kwargs)
         if step is None:
             return None

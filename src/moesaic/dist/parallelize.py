@@ -1,0 +1,104 @@
+"""Spreading a model over processes, in place: expert parallelism and FSDP2."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from moesaic.dist.config import ParallelConfig
+from moesaic.dist.expert_parallel import ExpertParallel
+from moesaic.dist.mesh import Meshes
+from moesaic.dist.placement import blocks_of, distribute, expert_placements, fsdp_dimension, replicated_of
+from moesaic.errors import UnsupportedModel
+from moesaic.hf.backbone import decoder_layers
+from moesaic.layer import Experts, MoEBlock
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Sharded:
+    """A model that was spread over processes.
+
+    Attributes:
+        model: the model, changed in place.
+        meshes: where it is.
+        replicated: parameters that every process holds; their gradients are summed by `sync_replicated`.
+    """
+
+    model: nn.Module
+    meshes: Meshes
+    replicated: list[nn.Parameter] = field(default_factory=list)
+
+    def set_last_micro_batch(self, last: bool) -> None:
+        """Say before a backward pass whether it is the last of its step: only then are replicas summed."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_requires_all_reduce(last, recurse=False)
+                module.set_is_last_backward(last)
+
+
+def parallelize(
+    model: nn.Module, meshes: Meshes, config: ParallelConfig, *, param_dtype: torch.dtype | None = None
+) -> Sharded:
+    """Spread a model whose parameters are whole, and equal, on all processes (or on the meta device).
+
+    Gradients are sums over processes, never means: losses are shares of the mean over all tokens of a step. Experts
+    that see the tokens of a whole group then need no other scale than the rest.
+
+    Args:
+        model: a causal language model of transformers or moesaic's, on its device.
+        meshes: of the layout.
+        config: the `parallel` section.
+        param_dtype: dtype to compute in; parameters are kept, and gradients summed, in their own. Routers keep theirs.
+
+    Raises:
+        UnsupportedModel: if its experts are not packed `Experts`.
+    """
+    blocks = blocks_of(model)
+    for block in blocks:
+        _spread_experts(block, meshes, config)
+    replicated = [parameter for block in blocks for parameter in replicated_of(block)]
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None)
+    for block in blocks:
+        experts = cast(nn.Module, block.experts)
+        place = functools.partial(_expert_dimension, _names(experts), meshes.layout.edp_shard)
+        fully_shard(experts, mesh=meshes.expert_data, mp_policy=policy, shard_placement_fn=place)
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=meshes.dense, mp_policy=policy, ignored_params=set(replicated))
+    fully_shard(model, mesh=meshes.dense, mp_policy=policy, ignored_params=set(replicated))
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # gloo has no scaled sums.
+            module.set_force_sum_reduction_for_comms(True)
+    return Sharded(model, meshes, replicated)
+
+
+def _spread_experts(block: MoEBlock, meshes: Meshes, config: ParallelConfig) -> None:
+    """Keep this process's experts and let tokens travel to the others."""
+    experts = block.experts
+    if not isinstance(experts, Experts):
+        raise UnsupportedModel(
+            f"layer {block.layer} has experts of class {type(experts).__name__}, which can't be spread over processes; "
+            "only packed experts can: train with one process"
+        )
+    for name, parameter in list(experts.named_parameters(recurse=False)):
+        experts.register_parameter(name, distribute(parameter, meshes.experts, expert_placements(experts, name)))
+    block.dispatch = ExpertParallel(experts.num_experts, meshes.group("ep"), esp_group=meshes.group("esp"))
+
+
+def _names(experts: nn.Module) -> dict[nn.Parameter, str]:
+    return {parameter: name for name, parameter in experts.named_parameters(recurse=False)}
+
+
+def _expert_dimension(names: dict[nn.Parameter, str], shards: int, parameter: nn.Parameter) -> Shard:
+    return Shard(fsdp_dimension(names[parameter], cast(Tensor, parameter), shards))

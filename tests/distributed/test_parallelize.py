@@ -1,0 +1,101 @@
+"""Training over processes equals training in one, for every kind of layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.distributed.models import batches, model, spec
+from tests.distributed.spawn import run_ranks
+from torch import Tensor, nn
+
+from moesaic.dist import Layout, Meshes, ParallelConfig, clip_grad_norm, parallelize, sync_replicated
+from moesaic.train.optimizer import parameter_groups
+
+STEPS, CLIP = 20, 0.05
+
+
+def optimizer_of(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameter_groups(module, 0.1), lr=3e-3, fused=True)
+
+
+def loss_of(module: Any, ids_BS: Tensor, tokens: int) -> Tensor:
+    return module(input_ids=ids_BS, labels=ids_BS, num_items_in_batch=tokens).loss
+
+
+def alone(moe: dict[str, Any], accumulation: int) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step in one process."""
+    module = model(spec(**moe))
+    optimizer, found = optimizer_of(module), []
+    module.set_training_progress(0.0)
+    for ids_BS in batches(STEPS):
+        tokens = ids_BS[:, 1:].numel()
+        losses = []
+        for part_BS in ids_BS.chunk(accumulation):
+            loss = loss_of(module, part_BS, tokens)
+            loss.backward()
+            losses.append(loss.item())
+        norm = nn.utils.clip_grad_norm_(module.parameters(), CLIP).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append((sum(losses), norm))
+    return found
+
+
+def together(
+    moe: dict[str, Any], accumulation: int, parallel: dict[str, Any], checkpointing: bool
+) -> list[tuple[float, float]]:
+    """The same on each rank of a world."""
+    config = ParallelConfig.from_dict(parallel)
+    module = model(spec(**moe))
+    if checkpointing:
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    meshes = Meshes.of(Layout.of(config, dist.get_world_size(), spec(**moe)), "cpu")
+    sharded = parallelize(module, meshes, config)
+    optimizer, found = optimizer_of(module), []
+    module.set_training_progress(0.0)
+    for ids_BS in batches(STEPS):
+        tokens = ids_BS[:, 1:].numel()
+        total = torch.zeros(())
+        parts = ids_BS.chunk(accumulation)
+        for index, part_BS in enumerate(parts):
+            sharded.set_last_micro_batch(index == len(parts) - 1)
+            loss = loss_of(module, part_BS.chunk(dist.get_world_size())[dist.get_rank()], tokens)
+            loss.backward()
+            total += loss.detach()
+        dist.all_reduce(total)
+        sync_replicated(sharded.replicated)
+        norm = clip_grad_norm(module.parameters(), CLIP).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append((total.item(), norm))
+    return found
+
+
+CASES = [
+    pytest.param(2, {}, id="fsdp2"),
+    pytest.param(2, {"dp_replicate": 2}, id="replicate2"),
+    pytest.param(2, {"ep": 2}, id="ep2"),
+    pytest.param(2, {"dp_replicate": 2, "ep": 2}, id="replicate2-ep2"),
+    pytest.param(4, {"ep": 2}, id="fsdp4-ep2"),
+    pytest.param(4, {"ep": 4}, id="ep4"),
+    pytest.param(4, {"dp_replicate": 2, "ep": 2}, id="hsdp2x2-ep2"),
+    pytest.param(4, {"dp_replicate": 2, "ep": 4}, id="hsdp2x2-ep4"),
+]
+
+
+@pytest.mark.parametrize(("world", "parallel"), CASES)
+def test_twenty_steps_equal_one_process(world: int, parallel: dict[str, Any]) -> None:
+    moe: dict[str, Any] = {"shared_experts": {"num_experts": 1}}
+    expected = torch.tensor(alone(moe, 1))
+    for found in run_ranks(world, together, moe, 1, parallel, False):
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_accumulation_and_recomputation(checkpointing: bool) -> None:
+    expected = torch.tensor(alone({}, 2))
+    for found in run_ranks(4, together, {}, 2, {"dp_replicate": 2, "ep": 2}, checkpointing):
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)
