@@ -12,7 +12,7 @@ from moesaic.layer.depth import Passing
 from moesaic.layer.dispatch import LOCAL, Dispatch
 from moesaic.layer.experts import ActivationName, Experts
 from moesaic.layer.load import LayerLoad
-from moesaic.layer.record import RoutingContext
+from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers import Router
 from moesaic.layer.routers.base import fill_buffer
 from moesaic.layer.routers.parts.inputs import linear
@@ -124,7 +124,7 @@ class MoEBlock(nn.Module):
         if routing.assignment is not None:
             y_TD = routing.assignment.run(self._run_experts, x_TD)
         else:
-            travel = self.dispatch.send(x_TD, routing.index_TK, routing.weight_TK)
+            travel = self.dispatch.send(x_TD, routing.index_TK, routing.weight_TK, slots=self._slots(routing, inside))
             shared_TD = self._shared(x_TD, passing)
             y_TD = travel.combine(self.experts(*travel.arrive()))
         if routing.identity_weight_T is not None:
@@ -150,6 +150,14 @@ class MoEBlock(nn.Module):
             return None
         logits_T = linear(x_TD, self.depth_gate.weight).squeeze(-1)
         return self.depth.choose(logits_T, context, training=self.training)
+
+    def _slots(self, routing: Routing, context: RoutingContext | None) -> int | None:
+        """The most tokens that an expert gets; None where nothing limits that, or where tokens stay here."""
+        if self.capacity is None or self.dispatch is LOCAL:
+            return None
+        batch = 1 if context is None else context.batch_size
+        length = routing.index_TK.shape[0] // batch
+        return self.capacity.most(batch, length, routing.num_experts, routing.top_k, self.training)
 
     def _run_experts(
         self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, *, merge_GN: Tensor | None = None

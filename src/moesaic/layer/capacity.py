@@ -110,6 +110,21 @@ class CapacityConfig(Config):
         capacity = capacity.clamp(min=self.minimum)
         return -(-capacity // self.multiple_of) * self.multiple_of
 
+    def most(self, batch: int, length: int, num_experts: int, top_k: int, training: bool) -> int | None:
+        """The most tokens that an expert takes of a batch, whatever is padding in it; None if nothing limits.
+
+        Args:
+            batch: number of sequences.
+            length: tokens of each, padding included.
+            num_experts: N.
+            top_k: K.
+            training: which factor counts.
+        """
+        if not self.limits(training):
+            return None
+        groups, tokens = (batch, length) if self.scope == "sequence" else (1, batch * length)
+        return groups * int(self.slots(torch.tensor(tokens), num_experts, top_k, training))
+
     def _factor(self, training: bool) -> Fraction | None:
         """The factor as the short decimal that was written; integers then give C without rounding errors."""
         factor = self.factor if training else self.eval_factor

@@ -30,8 +30,15 @@ class Travel(Protocol):
 class Dispatch(Protocol):
     """Sends tokens to their experts."""
 
-    def send(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Travel:
-        """Send each token to the experts that it picked; arguments as for experts."""
+    def send(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, *, slots: int | None = None) -> Travel:
+        """Send each token to the experts that it picked.
+
+        Args:
+            x_TD: hidden states.
+            index_TK: picks as for experts.
+            weight_TK: combine weights.
+            slots: the most of these tokens that an expert can get, if something limits them.
+        """
         ...
 
 
@@ -51,7 +58,7 @@ class _Stay:
 class Local:
     """All experts are here."""
 
-    def send(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Travel:
+    def send(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, *, slots: int | None = None) -> Travel:
         return _Stay(x_TD, index_TK, weight_TK)
 
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from moesaic.dist.exchange.collectives import Pending, Then, all_to_all
 from moesaic.dist.exchange.traffic import Traffic
+from moesaic.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,30 @@ class Hierarchical:
             return _regrouped(rows_SX, _transposed(sent, n, p), p, n, spare)
 
         return Then(slow, inside)
+
+
+def groups_by_node(mesh: DeviceMesh, axis: str, per_node: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """The two groups of this rank along one axis of a mesh; a collective call of all ranks of the mesh.
+
+    Args:
+        mesh: whose ranks along the axis are numbered node by node.
+        axis: its name.
+        per_node: ranks along the axis that share a node.
+    """
+    assert mesh.mesh_dim_names is not None
+    place = mesh.mesh_dim_names.index(axis)
+    sizes = list(mesh.mesh.shape)
+    if sizes[place] % per_node:
+        raise ConfigError(
+            "parallel.all_to_all",
+            "hierarchical",
+            f"needs as many ranks on each node, and {sizes[place]} ranks are not a multiple of {per_node}",
+            "use flat",
+        )
+    split = mesh.mesh.unflatten(place, (-1, per_node))
+    names = tuple(f"axis_{number}" for number in range(split.ndim))
+    by_node = DeviceMesh(mesh.device_type, split, mesh_dim_names=names)
+    return by_node.get_group(place), by_node.get_group(place + 1)
 
 
 def _transposed(counts: Sequence[int], outer: int, inner: int) -> list[int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 from moesaic.errors import UnsupportedKernel
@@ -73,7 +73,7 @@ class ExpertWeights:
             down_NDF=down,
             activate=module._apply_gate if module.has_gate else module.act_fn,
             up_bias_NH=plain(getattr(module, f"{name}_bias")) if module.has_bias else None,
-            down_bias_ND=plain(module.down_proj_bias) if module.has_bias else None,
+            down_bias_ND=_padded(plain(module.down_proj_bias), module.down_proj_bias) if module.has_bias else None,
             fused=recognise(module),
         )
 
@@ -93,6 +93,15 @@ class ExpertWeights:
 
 def _local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _padded(bias_NX: Tensor, parameter: Tensor) -> Tensor:
+    """A bias at full width, 0 where other ranks hold it: where ranks hold slices of an expert, their outputs are summed."""
+    if not isinstance(parameter, DTensor) or bias_NX.shape[1] == parameter.shape[1]:
+        return bias_NX
+    (axis,) = (axis for axis, placement in enumerate(parameter.placements) if placement.is_shard(1))
+    before = parameter.device_mesh.get_local_rank(axis) * bias_NX.shape[1]
+    return nn.functional.pad(bias_NX, (before, parameter.shape[1] - before - bias_NX.shape[1]))
 
 
 def _gathered(parameter: Tensor) -> Tensor:
