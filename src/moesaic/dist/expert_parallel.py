@@ -82,7 +82,7 @@ class ExpertParallel:
             )
         if exchange == "all_gather" and node_groups is not None:
             raise ConfigError(
-                "parallel.exchange", exchange, "is not an all-to-all in two steps", "remove the node groups, or use ragged"
+                "parallel.all_to_all", "hierarchical", "does not go with exchange: all_gather", "set all_to_all: flat"
             )
         if node_groups is not None:
             _check_node_groups(ep_group, *node_groups)

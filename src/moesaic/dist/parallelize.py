@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from moesaic.dist.config import ParallelConfig
+from moesaic.dist.exchange import Traffic, ranks_per_node
+from moesaic.dist.exchange.hierarchical import groups_by_node
 from moesaic.dist.expert_parallel import ExpertParallel
 from moesaic.dist.mesh import Meshes
 from moesaic.dist.placement import blocks_of, distribute, expert_placements, fsdp_dimension, replicated_of
@@ -32,11 +35,13 @@ class Sharded:
         model: the model, changed in place.
         meshes: where it is.
         replicated: parameters that every process holds; their gradients are summed by `sync_replicated`.
+        traffic: what this process sent in exchanges of tokens since it was last asked.
     """
 
     model: nn.Module
     meshes: Meshes
     replicated: list[nn.Parameter] = field(default_factory=list)
+    traffic: Traffic = field(default_factory=Traffic)
 
     def set_last_micro_batch(self, last: bool) -> None:
         """Say before a backward pass whether it is the last of its step: only then are replicas summed."""
@@ -64,8 +69,18 @@ def parallelize(
         UnsupportedModel: if its experts are not packed `Experts`.
     """
     blocks = blocks_of(model)
+    traffic, node_groups = Traffic(), _node_groups(meshes, config)
     for block in blocks:
-        _spread_experts(block, meshes, config)
+        _spread_experts(block, meshes)
+        block.dispatch = ExpertParallel(
+            cast(int, block.experts.num_experts),
+            meshes.group("ep"),
+            esp_group=meshes.group("esp"),
+            exchange=config.exchange,
+            node_groups=node_groups,
+            capacity=block.capacity,
+            traffic=traffic,
+        )
     replicated = [parameter for block in blocks for parameter in replicated_of(block)]
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None)
     for block in blocks:
@@ -80,11 +95,11 @@ def parallelize(
             module.set_gradient_divide_factor(1.0)
             # gloo has no scaled sums.
             module.set_force_sum_reduction_for_comms(True)
-    return Sharded(model, meshes, replicated)
+    return Sharded(model, meshes, replicated, traffic)
 
 
-def _spread_experts(block: MoEBlock, meshes: Meshes, config: ParallelConfig) -> None:
-    """Keep this process's experts and let tokens travel to the others."""
+def _spread_experts(block: MoEBlock, meshes: Meshes) -> None:
+    """Keep this process's part of the experts."""
     experts = block.experts
     if not isinstance(experts, Experts):
         raise UnsupportedModel(
@@ -93,7 +108,20 @@ def _spread_experts(block: MoEBlock, meshes: Meshes, config: ParallelConfig) -> 
         )
     for name, parameter in list(experts.named_parameters(recurse=False)):
         experts.register_parameter(name, distribute(parameter, meshes.experts, expert_placements(experts, name)))
-    block.dispatch = ExpertParallel(experts.num_experts, meshes.group("ep"), esp_group=meshes.group("esp"))
+    # A token arrives with all of its picks, also those that other processes serve.
+    experts.may_skip = experts.may_skip or meshes.layout.ep > 1
+
+
+def _node_groups(meshes: Meshes, config: ParallelConfig) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | None:
+    """Groups for the all-to-all in two steps; None for that in one."""
+    layout, per_node = meshes.layout, max(1, ranks_per_node() // meshes.layout.esp)
+    if layout.ep == 1 or config.all_to_all == "flat":
+        return None
+    if config.all_to_all == "auto":
+        spans = 1 < per_node < layout.ep and layout.ep % per_node == 0
+        if not spans or config.exchange == "all_gather":
+            return None
+    return groups_by_node(meshes.sparse, "ep", min(per_node, layout.ep))
 
 
 def _names(experts: nn.Module) -> dict[nn.Parameter, str]:

@@ -12,6 +12,11 @@ import torch
 import torch.distributed as dist
 
 
+def ranks_per_node() -> int:
+    """Consecutive ranks that share a node: torchrun's LOCAL_WORLD_SIZE; without that variable, all ranks."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or dist.get_world_size()
+
+
 @dataclass
 class TrafficCount:
     """What one rank sent in the exchanges of tokens, forward and backward; what stays on the rank is not counted.
@@ -31,16 +36,15 @@ class TrafficCount:
     seconds: float = 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Traffic:
     """The counts since they were last taken.
 
     Args:
-        ranks_per_node: consecutive ranks that share a node; torchrun's LOCAL_WORLD_SIZE if None, and without that
-            variable all ranks are on one node.
+        per_node: consecutive ranks that share a node; `ranks_per_node()` if None.
     """
 
-    ranks_per_node: int | None = None
+    per_node: int | None = None
     _count: TrafficCount = field(default_factory=TrafficCount, repr=False)
     _waits: list[tuple[torch.Event, torch.Event]] = field(default_factory=list, repr=False)
 
@@ -56,7 +60,7 @@ class Traffic:
     def add(self, group: dist.ProcessGroup, bytes_P: Sequence[int]) -> None:
         """Count one exchange, from the bytes that go to each rank of a group."""
         rank = dist.get_rank()
-        per_node = self.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or dist.get_world_size()
+        per_node = self.per_node or ranks_per_node()
         for peer, sent in zip(dist.get_process_group_ranks(group), bytes_P, strict=True):
             if peer == rank or sent == 0:
                 continue
