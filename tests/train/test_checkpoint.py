@@ -104,7 +104,7 @@ def test_a_damaged_checkpoint_is_named(output, data, file, damage, message):
 def test_state_holds_plain_data_only(trained):
     state = load_state(trained / "checkpoints" / "step-00000008")
     assert (state["step"], state["tokens"]) == (8, 8 * 4 * 32)
-    assert set(state["rng"]) == {"torch", "cuda", "python", "numpy"}
+    assert "rng" not in state  # random numbers follow from seed, step and rank
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(data, tmp_path, monkeypatch):

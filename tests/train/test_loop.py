@@ -30,7 +30,7 @@ def comparable(path) -> list[dict]:
     ],
 )
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(data, tmp_path, monkeypatch, moe, settings):
-    # With dropout, this is only so if random number generators are restored too.
+    # With dropout, this is only so if each step draws the same random numbers again.
     run = tiny_run(data.config, moe=moe, dropout=0.1, **settings)
     whole = train(run, tmp_path / "whole", data=data, progress=False)
 

@@ -27,19 +27,19 @@ RUN_FILE = "run.yaml"
 STATE_FILE = "trainer_state.pt"
 _FORMAT = 1
 
-# Fields of `train` that may change when a run is resumed: they do not touch steps that were already made.
+# Fields that may change when a run is resumed: they do not touch steps that were already made.
 RESUMABLE_CHANGES = frozenset(
-    f"train.{name}"
-    for name in (
-        "steps",
-        "device",
-        "eval_every",
-        "eval_batches",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "log_every",
-        "tensorboard",
-    )
+    {
+        "parallel",
+        "train.steps",
+        "train.device",
+        "train.eval_every",
+        "train.eval_batches",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.log_every",
+        "train.tensorboard",
+    }
 )
 
 
@@ -70,6 +70,7 @@ class CheckpointStore:
         tokenizer: PreTrainedTokenizerBase,
         run: RunConfig,
         state: dict[str, Any],
+        weights: dict[str, Any] | None = None,
     ) -> Path:
         """Write the checkpoint of `step`, then remove those that are no longer kept.
 
@@ -78,6 +79,7 @@ class CheckpointStore:
             model: saved with `save_pretrained`.
             tokenizer: saved beside it.
             run: the resolved run.
+            weights: whole tensors to save in place of the model's own, which are spread over processes.
             state: of what `torch.load(weights_only=True)` accepts.
 
         Raises:
@@ -87,7 +89,7 @@ class CheckpointStore:
         previous = self.latest()
         try:
             with atomic_directory(path) as temporary, without_progress_bars():
-                model.save_pretrained(temporary)
+                model.save_pretrained(temporary, state_dict=weights)
                 tokenizer.save_pretrained(temporary)
                 (temporary / RUN_FILE).write_text(run.to_yaml(), encoding="utf-8")
                 _write_state({"format": _FORMAT, "step": step, **state}, temporary / STATE_FILE)

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
 from moesaic.data import PreparedData, prepare_data
+from moesaic.dist.process import Meeting, Process, naming_lost_peers, process_group, share_cores
 from moesaic.errors import DataError, TrainingError
 from moesaic.files import write_text
 from moesaic.hf import MoesaicForCausalLM
@@ -28,7 +28,8 @@ from moesaic.train.model import build_model, check_architecture, prepare_for_tra
 from moesaic.train.objective import Objective, language_model_objective, model_inputs, predicted_tokens
 from moesaic.train.optimizer import build_optimizer, set_learning_rate
 from moesaic.train.progress import NoProgress, ProgressDisplay, describe_evaluation, progress_display
-from moesaic.train.rng import rng_state, seed_all, set_rng_state
+from moesaic.train.ranks import OneProcess, Ranks, check_parallel, spread
+from moesaic.train.rng import seed_all, seed_step
 from moesaic.train.routing_load import RoutingLoad, load_metrics
 from moesaic.train.run import RunConfig
 from moesaic.train.signals import StopSignals
@@ -81,7 +82,9 @@ def train(
 ) -> TrainResult:
     """Train the model of `run`, or go on training it.
 
-    SIGINT or SIGTERM ends it after the current step, with a checkpoint; a second one ends it at once.
+    Where a launcher (`torchrun`) has started several processes that all call this, they train one model together, as
+    `run.parallel` says; only the first reports and writes metrics. SIGINT or SIGTERM, of any of them, ends it after the
+    current step, with a checkpoint; a second one ends it at once.
 
     Args:
         run: what to train.
@@ -93,28 +96,37 @@ def train(
         progress: show progress on stderr.
 
     Raises:
-        ConfigError: if a field is invalid.
+        ConfigError: if a field is invalid, also one of `run.parallel` for the number of processes.
         DataError: if the data can't be read.
         CheckpointError: if a checkpoint can't be written, is damaged, or belongs to another run.
-        TrainingError: if a loss or gradient is not finite, or `output_dir` does not fit `resume`.
+        TrainingError: if a loss or gradient is not finite, `output_dir` does not fit `resume`, or another process is lost.
     """
     output_dir = Path(output_dir)
     store = CheckpointStore(output_dir / CHECKPOINTS, run.train.keep_checkpoints)
+    process = Process.of_environment()
     checkpoint = _checkpoint_to_resume(store, resume)
     if checkpoint is not None:
         check_same_run(checkpoint, run)
-    device = select_device(run.train.device)
+    device = process.device(select_device(run.train.device))
+    layout = check_parallel(run, process)
     check_architecture(run)
-    if data is None:
-        data = prepare_data(run.data, cache_dir or output_dir / "data", progress=progress)
-    seed_all(run.train.seed)
-    model = build_model(run, data.tokenizer) if checkpoint is None else load_model(checkpoint)
-    prepare_for_training(model, run.train, device)
-    trainer = Trainer(run, model, data, store)
-    if checkpoint is not None:
-        trainer.load_state_dict(load_state(checkpoint))
-    write_text(output_dir / RUN_FILE, run.to_yaml())
-    return trainer.fit(output_dir, progress=progress)
+    share_cores(process)
+    with process_group(process, device, run.parallel.timeout_seconds):
+        meeting = Meeting(process)
+        _check_same_folder(meeting.of_first(checkpoint), checkpoint, process)
+        if data is None:
+            data = _prepare(run, Path(cache_dir or output_dir / "data"), process, meeting, progress)
+        seed_all(run.train.seed)
+        model = build_model(run, data.tokenizer) if checkpoint is None else load_model(checkpoint)
+        prepare_for_training(model, run.train, device)
+        ranks = spread(model, run.parallel, process, layout)
+        trainer = Trainer(run, model, data, store, ranks)
+        if checkpoint is not None:
+            trainer.load_state_dict(load_state(checkpoint))
+        if process.is_first:
+            write_text(output_dir / RUN_FILE, run.to_yaml())
+        meeting.wait()
+        return trainer.fit(output_dir, progress=progress)
 
 
 class Trainer:
@@ -125,6 +137,7 @@ class Trainer:
         model: on its device, in training mode.
         data: where batches come from.
         store: where checkpoints go.
+        ranks: the processes that train it together; None for this one alone.
 
     Attributes:
         step: optimiser steps made.
@@ -132,31 +145,45 @@ class Trainer:
         validation: last evaluation by domain.
     """
 
-    def __init__(self, run: RunConfig, model: PreTrainedModel, data: PreparedData, store: CheckpointStore) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        model: PreTrainedModel,
+        data: PreparedData,
+        store: CheckpointStore,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.run, self.config, self.model, self.data, self.store = run, run.train, model, data, store
+        self.ranks = ranks or OneProcess(model)
         self.optimizer = build_optimizer(model, run.train, model.device)
-        self.batches = data.train_batches()
+        process = self.ranks.process
+        self.batches = data.train_batches(shard_index=process.rank, num_shards=process.world)
+        self.stop = StopSignals()
         self.step = self.tokens = 0
         self.validation: dict[str, Evaluation] = {}
 
     def fit(self, output_dir: Path, *, progress: bool = True) -> TrainResult:
         """Train to the last step or to a signal, with a checkpoint at the end; see `train`."""
         started, first_tokens = time.perf_counter(), self.tokens
-        with self._reporting(output_dir, progress) as (sinks, display), StopSignals() as stop:
-            while self.step < self.config.steps and stop.received is None:
-                metrics = self.train_step()
+        with self._reporting(output_dir, progress) as (sinks, display), self.stop:
+            while self.step < self.config.steps and self._stopped_by() is None:
+                with naming_lost_peers(
+                    self.ranks.process, f"in step {self.step + 1}", self.run.parallel.timeout_seconds
+                ):
+                    metrics = self.train_step()
                 _write(sinks, metrics.record())
                 display.step(metrics)
                 last = self.step == self.config.steps
                 # A stop must not wait for an evaluation; the end of the run has one in any case.
-                if last or (_due(self.step, self.config.eval_every) and stop.received is None):
+                if last or (_due(self.step, self.config.eval_every) and self._stopped_by() is None):
                     self.evaluate()
                     _write(sinks, evaluation_record(self.step, self.validation))
                     display.note(describe_evaluation(self.step, self.validation))
                 if last or _due(self.step, self.config.checkpoint_every):
                     self.save()
             checkpoint = self._checkpoint_of_this_step() or self.save()
-            if stop.received is not None:
+            stopped_by = self._stopped_by()
+            if stopped_by is not None:
                 display.note(f"stopped by a signal after step {self.step}; resume from {checkpoint}")
         seconds = time.perf_counter() - started
         return TrainResult(
@@ -168,7 +195,7 @@ class Trainer:
             metrics_file=output_dir / METRICS_FILE,
             seconds=seconds,
             tokens_per_second=(self.tokens - first_tokens) / seconds,
-            signal=stop.received,
+            signal=stopped_by,
         )
 
     def train_step(self) -> StepMetrics:
@@ -178,21 +205,25 @@ class Trainer:
             TrainingError: if a loss or the gradient is not finite; weights are then as before the step.
         """
         started = time.perf_counter()
+        seed_step(self.config.seed, self.step, self.ranks.process.rank)
         batches = [next(self.batches) for _ in range(self.config.accumulation_steps)]
-        num_items = predicted_tokens(batches)
+        num_items = self.ranks.count(predicted_tokens(batches))
         if num_items == 0:
             raise DataError(f"the batch of step {self.step + 1} has no token to predict; use longer sequences")
         moe_model = self.model if isinstance(self.model, MoesaicForCausalLM) else None
         if moe_model is not None:
             moe_model.set_training_progress(self.step / self.config.steps)
         sums = _StepSums()
-        for batch in batches:
+        for index, batch in enumerate(batches):
             with self._autocast():
                 objective = language_model_objective(self.model, model_inputs(batch, self.model.device), num_items)
+            self.ranks.before_backward(last=index == len(batches) - 1)
             objective.loss.backward()
             sums.add(objective)
-        gradient_norm = clip_grad_norm_(self.model.parameters(), self.config.gradient_clip or math.inf).item()
-        cross_entropy, aux_losses = sums.values()
+        gradient_norm = self.ranks.clip(self.config.gradient_clip)
+        losses = [sums.cross_entropy, *sums.aux_losses.values()]
+        reduced = self.ranks.reduce(losses, time.perf_counter() - started, self.stop.received)
+        cross_entropy, aux_losses = reduced.values[0], dict(zip(sums.aux_losses, reduced.values[1:], strict=True))
         self._check_finite({"cross entropy": cross_entropy, **aux_losses, "gradient norm": gradient_norm})
 
         learning_rate = self.config.learning_rate * self.config.schedule.factor(self.step, self.config.steps)
@@ -203,7 +234,7 @@ class Trainer:
         loads = sums.load.take()
         if moe_model is not None:
             post_step(moe_model.moe_blocks(), loads, self.step / self.config.steps)
-        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        tokens = self.ranks.process.world * sum(batch["input_ids"].numel() for batch in batches)
         self.tokens += tokens
         return StepMetrics(
             step=self.step,
@@ -214,26 +245,35 @@ class Trainer:
             gradient_norm=gradient_norm,
             tokens_per_second=tokens / (time.perf_counter() - started),
             **load_metrics(loads),
+            ranks=self.ranks.metrics(reduced, loads),
         )
 
     def evaluate(self) -> None:
         """Evaluate on the held-out text into `validation`."""
         batches, bf16 = self.data.validation_batches(), self.config.precision == "bf16"
-        self.validation = evaluate(self.model, batches, max_batches=self.config.eval_batches, bf16=bf16)
+        self.validation = evaluate(
+            self.model, batches, max_batches=self.config.eval_batches, bf16=bf16, ranks=self.ranks
+        )
 
     def save(self) -> Path:
         """Write a checkpoint of this step."""
-        return self.store.save(self.step, self.model, self.data.tokenizer, self.run, self.state_dict())
+        state, weights = self.state_dict(), None
+        if self.ranks.process.distributed:
+            weights, state["optimizer"] = self.ranks.gather(self.optimizer)
+        path = self.store.folder / f"step-{self.step:08d}"
+        if self.ranks.process.is_first:
+            self.store.save(self.step, self.model, self.data.tokenizer, self.run, state, weights)
+        self.ranks.count(0)  # all go on once it is there
+        return path
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the weights: counters, optimiser, data position, random number generators."""
+        """All but the weights: counters, optimiser and data position. Random numbers follow from seed and step."""
         return {
             "step": self.step,
             "tokens": self.tokens,
             "validation": {domain: asdict(found) for domain, found in self.validation.items()},
             "optimizer": self.optimizer.state_dict(),
             "data": self.batches.state_dict(),
-            "rng": rng_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -245,8 +285,10 @@ class Trainer:
         self.step, self.tokens = state["step"], state["tokens"]
         self.validation = {domain: Evaluation(**found) for domain, found in state["validation"].items()}
         self.batches.load_state_dict(state["data"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        set_rng_state(state["rng"])
+        self.ranks.load_optimizer(self.optimizer, state["optimizer"])
+
+    def _stopped_by(self) -> int | None:
+        return self.ranks.agreed_signal(self.stop.received)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
@@ -270,6 +312,9 @@ class Trainer:
         """Metrics files and display, closed at the end."""
         with contextlib.ExitStack() as stack:
             sinks: list[MetricsSink] = []
+            if not self.ranks.process.is_first:
+                yield sinks, NoProgress()
+                return
             if self.config.tensorboard:
                 sinks.append(TensorBoardSink(output_dir / TENSORBOARD, self.step))
             sinks.append(MetricsFile(output_dir / METRICS_FILE, self.step))
@@ -296,9 +341,6 @@ class _StepSums:
         if objective.routing is not None:
             self.load.add(objective.routing)
 
-    def values(self) -> tuple[float, dict[str, float]]:
-        return float(self.cross_entropy), {name: float(loss) for name, loss in self.aux_losses.items()}
-
 
 def _checkpoint_to_resume(store: CheckpointStore, resume: bool | Literal["auto"]) -> Path | None:
     latest = store.latest()
@@ -307,6 +349,22 @@ def _checkpoint_to_resume(store: CheckpointStore, resume: bool | Literal["auto"]
     if resume is False and latest is not None:
         raise TrainingError(f"{latest} belongs to an earlier run; resume it, or train into another folder")
     return latest
+
+
+def _check_same_folder(of_first: Path | None, here: Path | None, process: Process) -> None:
+    """Refuse to go on where processes see different checkpoints, as they do without a shared folder."""
+    if of_first != here:
+        raise TrainingError(
+            f"rank {process.rank} finds {here or 'no checkpoint'} to go on from where rank 0 finds "
+            f"{of_first or 'none'}; give all hosts the same output folder, on a file system that they share"
+        )
+
+
+def _prepare(run: RunConfig, cache_dir: Path, process: Process, meeting: Meeting, progress: bool) -> PreparedData:
+    """Tokenised text: one process of each host makes it, which may take long, while the others wait."""
+    data = prepare_data(run.data, cache_dir, progress=progress) if process.is_first_on_host else None
+    meeting.wait()
+    return data or prepare_data(run.data, cache_dir, progress=False)
 
 
 def _due(step: int, every: int | None) -> bool:

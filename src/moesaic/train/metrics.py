@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from moesaic.errors import ConfigError, TrainingError
 from moesaic.files import write_text
 from moesaic.train.evaluate import Evaluation, overall
+from moesaic.train.routing_load import over_layers
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class StepMetrics:
         tokens_per_second: over the wall time of the step.
         drop_rate: share of the picks that a capacity dropped, by MoE layer, where it is not 0.
         null_share: share of the selections that were null experts, by MoE layer, where it is not 0.
+        ranks: of a run over several processes, what differs between them; empty for one process.
     """
 
     step: int
@@ -41,27 +43,23 @@ class StepMetrics:
     tokens_per_second: float
     drop_rate: dict[int, float] = field(default_factory=dict)
     null_share: dict[int, float] = field(default_factory=dict)
+    ranks: dict[str, Any] = field(default_factory=dict)
 
     @property
     def balance(self) -> dict[str, float]:
         """Mean and worst violation over layers and the worst layer; empty for a dense model."""
-        return _over_layers(self.max_violation)
+        return over_layers(self.max_violation)
 
     def record(self) -> dict[str, Any]:
-        """The line of the metrics file; drop rate and null share are there if a layer has one."""
-        rates = {"drop_rate": _over_layers(self.drop_rate), "null_share": _over_layers(self.null_share)}
-        fields = {name: value for name, value in asdict(self).items() if name not in rates}
-        found = {name: value for name, value in rates.items() if value}
+        """The line of the metrics file; drop rate and null share are there if a layer has one, `ranks` if there are several."""
+        optional = {
+            "drop_rate": over_layers(self.drop_rate),
+            "null_share": over_layers(self.null_share),
+            "ranks": self.ranks,
+        }
+        fields = {name: value for name, value in asdict(self).items() if name not in optional}
+        found = {name: value for name, value in optional.items() if value}
         return {"type": "train", **fields, "max_violation": self.balance, **found}
-
-
-def _over_layers(values: Mapping[int, float]) -> dict[str, float]:
-    """Mean, largest and the layer that has it; empty without layers."""
-    if not values:
-        return {}
-    worst_layer = max(values, key=values.__getitem__)
-    mean = sum(values.values()) / len(values)
-    return {"mean": mean, "worst": values[worst_layer], "worst_layer": worst_layer}
 
 
 def evaluation_record(step: int, evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:

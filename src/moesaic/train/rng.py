@@ -1,12 +1,13 @@
-"""State of all random number generators that training may draw from, as plain data.
+"""Random numbers of training: each step seeds all generators anew, from the seed of the run, the step and the rank.
 
-That includes NumPy's global one: moesaic does not use it, but a custom router or data source may.
+So no generator state is saved: a run that goes on from a checkpoint draws what it would have drawn, also with another
+number of processes, except that which process draws what follows the number of processes. NumPy's global generator is
+among them: moesaic does not use it, but a custom router or data source may.
 """
 
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,24 +20,12 @@ def seed_all(seed: int) -> None:
     np.random.seed(seed % 2**32)  # noqa: NPY002
 
 
-def rng_state() -> dict[str, Any]:
-    """The present states, made of what `torch.load(weights_only=True)` accepts."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
-    }
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed all generators for the step that follows `step` others; other steps and ranks get unrelated numbers.
 
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Go back to `state`; generators of devices that this machine lacks are left out."""
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available():
-        for index, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(cuda_state, index)
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    Args:
+        seed: of the run, from 0.
+        step: optimiser steps made.
+        rank: of this process.
+    """
+    seed_all(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))

@@ -34,3 +34,12 @@ def load_metrics(loads: Mapping[int, LayerLoad]) -> dict[str, dict[int, float]]:
         values = {layer: float(getattr(load, name)) for layer, load in loads.items()}
         metrics[name] = {layer: value for layer, value in values.items() if value}
     return metrics
+
+
+def over_layers(values: Mapping[int, float]) -> dict[str, float]:
+    """Mean, largest and the layer that has it; empty without layers."""
+    if not values:
+        return {}
+    worst_layer = max(values, key=values.__getitem__)
+    mean = sum(values.values()) / len(values)
+    return {"mean": mean, "worst": values[worst_layer], "worst_layer": worst_layer}

@@ -10,6 +10,7 @@ from pydantic import model_validator
 
 from moesaic.configuration import Config, apply_overrides, read_yaml
 from moesaic.data import DataConfig
+from moesaic.dist import ParallelConfig
 from moesaic.errors import ConfigError
 from moesaic.layer import MoESpec
 from moesaic.train.config import TrainConfig
@@ -26,6 +27,7 @@ class RunConfig(Config):
             then `backbone` and `moe` must be absent.
         data: what to train on.
         train: how to train.
+        parallel: how to spread it over processes.
     """
 
     backbone: dict[str, Any] | str | None = None
@@ -33,6 +35,7 @@ class RunConfig(Config):
     initial_model: str | None = None
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     @model_validator(mode="after")
     def _one_origin(self) -> RunConfig:

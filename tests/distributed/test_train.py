@@ -1,0 +1,50 @@
+"""`train` over processes gives the losses of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.distributed.spawn import run_ranks
+from tests.train.builders import data_config, tiny_run, write_corpus
+
+from moesaic.train import RunConfig, TrainResult, read_metrics, train
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
+
+
+def run_of(corpus: Path, parallel: dict[str, Any] | None = None, **train: Any) -> RunConfig:
+    settings = {"steps": STEPS, "eval_every": 10, "checkpoint_every": None, "learning_rate": 3e-3, **train}
+    run = tiny_run(data_config(corpus), **settings)
+    return RunConfig.from_dict({**run.to_dict(), "parallel": parallel or {}})
+
+
+def trained(run: RunConfig, output: Path, cache: Path) -> TrainResult:
+    return train(run, output, resume="auto", cache_dir=cache, progress=False)
+
+
+def numbers(path: Path) -> list[dict[str, Any]]:
+    """Losses of steps and evaluations."""
+    names = ("step", "tokens", "loss", "gradient_norm")
+    return [{name: record[name] for name in names if name in record} for record in read_metrics(path)]
+
+
+@pytest.mark.parametrize(("world", "parallel"), [(2, {"ep": 2}), (4, {"dp_replicate": 2, "ep": 2}), (4, {"ep": 4})])
+def test_losses_equal_one_process(corpus: Path, tmp_path: Path, world: int, parallel: dict[str, Any]) -> None:
+    alone = trained(run_of(corpus), tmp_path / "alone", corpus / "cache")
+    together = run_ranks(world, trained, run_of(corpus, parallel), tmp_path / "together", corpus / "cache")
+    for result in together:
+        assert result.validation.keys() == alone.validation.keys()
+        for domain, found in result.validation.items():
+            assert found.tokens == alone.validation[domain].tokens
+            assert found.loss == pytest.approx(alone.validation[domain].loss, abs=1e-5)
+    for found, expected in zip(numbers(together[0].metrics_file), numbers(alone.metrics_file), strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
