@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -68,6 +69,7 @@ def _collect(ranks: list[Any], answers: Any, deadline: float) -> list[Any]:
 def _rank(
     rank: int, world: int, folder: str, answers: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     failure = result = None

@@ -1,0 +1,93 @@
+"""Every router of the library with its experts on one process and spread over two and four: forward, backward, decoding."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.distributed.spawn import run_ranks
+from tests.hf.tiny import backbone_config, token_ids
+from tests.layer.router_rows import MODALITIES, ROUTERS, TASKS, N
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+import moesaic
+from moesaic import MoESpec
+from moesaic.dist import Layout, Meshes, ParallelConfig, parallelize, sync_replicated
+
+VOCABULARY, NEW_TOKENS = 11, 5  # the vocabulary is that of the rows whose routers hold a table of tokens
+
+
+def spec_of(name: str) -> MoESpec:
+    return MoESpec.from_dict(
+        {
+            "experts": {"num_experts": N, "intermediate_size": 12},
+            "router": ROUTERS[name].values,
+            "layers": {"only": [0, 2]},  # a dense layer between
+            "balance": [{"type": "load_balancing", "coefficient": 0.1}],
+        },
+        where="moe",
+    )
+
+
+def compare(name: str, parallel: dict[str, Any]) -> None:
+    """On each rank: a model whose experts are spread gives what its copy that is whole gives for the same tokens."""
+    spec = spec_of(name)
+    torch.manual_seed(0)
+    whole: Any = moesaic.build(backbone_config("llama", vocab_size=VOCABULARY), spec)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter_name, parameter in whole.named_parameters():
+            if "norm" not in parameter_name:
+                parameter.normal_(std=0.2, generator=generator)
+    whole.set_training_progress(0.5)
+    config = ParallelConfig.from_dict(parallel)
+    spread = copy.deepcopy(whole)
+    sharded = parallelize(spread, Meshes.of(Layout.of(config, dist.get_world_size(), spec), "cpu"), config)
+
+    ids_BS = token_ids(2, 9, seed=dist.get_rank()) % (VOCABULARY - 3) + 3
+    extra: dict[str, Tensor] = {}
+    if "modality" in spec.needs:
+        extra["modality_ids"] = ids_BS % MODALITIES
+    if "task" in spec.needs:
+        extra["task_ids"] = torch.arange(len(ids_BS)) % TASKS
+    outputs = []
+    for model in (whole, spread):
+        torch.manual_seed(7)
+        output = model.train()(input_ids=ids_BS, labels=ids_BS, num_items_in_batch=16 * dist.get_world_size(), **extra)
+        output.loss.backward()
+        outputs.append(output)
+    torch.testing.assert_close(outputs[1].logits, outputs[0].logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs[1].loss, outputs[0].loss, rtol=1e-5, atol=1e-6)
+
+    sync_replicated(sharded.replicated)
+    for (parameter_name, expected), found in zip(whole.named_parameters(), spread.parameters(), strict=True):
+        summed = torch.zeros_like(expected) if expected.grad is None else expected.grad.clone()
+        dist.all_reduce(summed)
+        gradient = torch.zeros_like(summed) if found.grad is None else found.grad
+        gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        torch.testing.assert_close(
+            gradient, summed, rtol=1e-3, atol=1e-5, msg=lambda text, name=parameter_name: f"gradient of {name}: {text}"
+        )
+    if spec.unservable is None:
+        tokens = [
+            model.eval().generate(
+                ids_BS,
+                do_sample=False,
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                synced_gpus=model is spread,
+                **extra,
+            )
+            for model in (whole, spread)
+        ]
+        assert tokens[1].tolist() == tokens[0].tolist()
+
+
+@pytest.mark.parametrize("ep", [2, 4])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_spread_experts_give_what_whole_ones_give(name: str, ep: int) -> None:
+    run_ranks(ep, compare, name, {"ep": ep})
