@@ -8,6 +8,7 @@ import os
 import pickle
 import queue
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -61,9 +62,24 @@ def _collect(ranks: list[Any], answers: Any, deadline: float) -> list[Any]:
             missing = sorted(set(range(len(ranks))) - set(results))
             assert time.monotonic() < deadline, f"ranks {missing} did not end in time"
             continue
-        assert failure is None, f"rank {rank} failed:\n{failure}"
+        if failure is not None:
+            # The first to say so may only have lost its connection to the one that failed.
+            failures = {rank: failure, **_more(answers)}
+            raise AssertionError("\n".join(f"rank {rank} failed:\n{text}" for rank, text in sorted(failures.items())))
         results[rank] = pickle.loads(result)
     return [results[rank] for rank in range(len(ranks))]
+
+
+def _more(answers: Any) -> dict[int, str]:
+    """Failures of other ranks that come within a moment."""
+    failures: dict[int, str] = {}
+    try:
+        while True:
+            rank, failure, _ = answers.get(timeout=1.0)
+            if failure is not None:
+                failures[rank] = failure
+    except queue.Empty:
+        return failures
 
 
 def _rank(
@@ -88,5 +104,5 @@ def _rank(
     answers.put((rank, failure, pickle.dumps(result)))
     answers.close()
     answers.join_thread()
-    # Not a clean end of the group, which would wait for ranks that have failed.
-    os._exit(0 if failure is None else 1)
+    # The parent ends all ranks together: one that closes its connections early resets those of ranks still reading.
+    threading.Event().wait()

@@ -12,6 +12,7 @@ from typing import Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.dist.exchange.all_gather import Everywhere
@@ -52,6 +53,7 @@ class ExpertParallel:
             must send equally many tokens; elsewhere ragged. "all_gather": each rank gets all tokens; for small groups.
         node_groups: for the all-to-all in two steps, the ranks of all nodes with this local index, and those of this node.
         capacity: that of the layer, which "padded" needs.
+        variable_width: K depends on the data, so that ranks must agree on it first; the host waits for it.
         traffic: where bytes, messages and waiting are counted.
 
     Raises:
@@ -67,6 +69,7 @@ class ExpertParallel:
         exchange: ExchangeName = "ragged",
         node_groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
         capacity: CapacityConfig | None = None,
+        variable_width: bool = False,
         traffic: Traffic | None = None,
     ) -> None:
         size = ep_group.size()
@@ -87,6 +90,7 @@ class ExpertParallel:
         if node_groups is not None:
             _check_node_groups(ep_group, *node_groups)
         self.num_experts, self.exchange, self.traffic = num_experts, exchange, traffic
+        self.variable_width = variable_width
         self._ep = ep_group
         self._esp = None if esp_group is None or esp_group.size() == 1 else esp_group
         self._mover: Mover = Flat(ep_group, traffic) if node_groups is None else Hierarchical(*node_groups, traffic)
@@ -101,10 +105,21 @@ class ExpertParallel:
         """Send tokens to the ranks of their experts; see `Dispatch`."""
         if self._ep.size() == 1 and self._esp is None:
             return LOCAL.send(x_TD, index_TK, weight_TK)
+        if self.variable_width:
+            index_TK, weight_TK = self._widened(index_TK, weight_TK)
         carriers = self._carriers(index_TK, slots)
         # 0 is no expert, which is also what stands in rows that no token fills.
         outbound = depart(carriers[0], x_TD, index_TK - self.num_experts, weight_TK)
         return _Journey(carriers, outbound, self.num_experts, self._ep.rank() * self.num_local, self.num_local)
+
+    def _widened(self, index_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """Picks of no expert added up to the largest K of all ranks."""
+        width_1 = torch.tensor([index_TK.shape[1]], device=index_TK.device)
+        for group in (self._ep, self._esp):
+            if group is not None:
+                dist.all_reduce(width_1, dist.ReduceOp.MAX, group)
+        missing = int(width_1) - index_TK.shape[1]
+        return F.pad(index_TK, (0, missing), value=self.num_experts), F.pad(weight_TK, (0, missing))
 
     def _carriers(self, index_TK: Tensor, slots: int | None) -> list[Carrier]:
         """The stages of the way: over the ranks with experts, and over those with slices of them."""

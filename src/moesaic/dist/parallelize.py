@@ -79,6 +79,7 @@ def parallelize(
             exchange=config.exchange,
             node_groups=node_groups,
             capacity=block.capacity,
+            variable_width=block.gate.config.variable_width,
             traffic=traffic,
         )
     replicated = [parameter for block in blocks for parameter in replicated_of(block)]

@@ -52,8 +52,10 @@ def run(weights: ExpertWeights, x_TD: Tensor, index_TK: Tensor, weight_TK: Tenso
     down_bias_ND = None if weights.down_bias_ND is None else weights.down_bias_ND.to(x_TD.dtype)
     tensors = (x_TD, up_NHD, down_NDF, up_bias_NH, down_bias_ND)
     keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, weight_TK))
-    # Without a graph and a compiler the dispatcher would only cost time, which decoding notices.
-    op = torch.ops.moesaic.native_experts if keeps or torch.compiler.is_compiling() else _forward
+    # Without a graph and a compiler the dispatcher would only cost time, which decoding notices. It unwraps subclasses,
+    # as results of collectives are, which have no memory of their own to point at.
+    plain = type(x_TD) is Tensor and not keeps and not torch.compiler.is_compiling()
+    op = _forward if plain else torch.ops.moesaic.native_experts
     y_TD, _ = op(*tensors, index_TK, weight_TK.to(torch.float32), *arguments(fused), keeps)
     return y_TD.to(output_dtype)
 
