@@ -53,6 +53,8 @@ def picks(case: Case, tokens: int, rank: int, generator: torch.Generator) -> Ten
             index_TK[:, 1:] = case.experts
         case "some nothing":
             index_TK[torch.rand(tokens, K, generator=generator) < 0.4] = case.experts
+        case "no picks":
+            index_TK = index_TK[:, :0]
         case "nothing":
             index_TK[:] = case.experts
         case "own rank":
@@ -70,7 +72,8 @@ def inputs(case: Case, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weight_TK = torch.rand(tokens, K, generator=generator, dtype=torch.float64)
     weight_dtype = torch.promote_types(case.dtype, torch.float32)
     index_TK = picks(case, tokens, rank, generator)
-    return x_TD.to(case.dtype), index_TK, weight_TK.to(weight_dtype), grad_TD.to(case.dtype)
+    weight_TK = weight_TK[:, : index_TK.shape[1]].to(weight_dtype)
+    return x_TD.to(case.dtype), index_TK, weight_TK, grad_TD.to(case.dtype)
 
 
 def all_experts(case: Case, kernel: Any = "loop") -> Experts:

@@ -34,6 +34,7 @@ RAGGED_2 = [
     Case((5, 8), "some nothing"),
     Case((3, 2), "nothing"),
     Case((4, 4), "own rank"),
+    Case((4, 4), "no picks"),
 ]
 RAGGED_4 = [Case((5, 0, 9, 2)), Case((6, 6, 6, 6), "some nothing"), Case((1, 2, 3, 4), experts=4)]
 PADDED = [

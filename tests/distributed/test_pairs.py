@@ -21,7 +21,7 @@ def with_zero(rows_SX: Tensor) -> Tensor:
 def picked(draw: st.DrawFn) -> tuple[Tensor, int, int]:
     """index_TK, N and the number of ranks."""
     size, share = draw(st.integers(1, 5)), draw(st.integers(1, 3))
-    tokens, top_k = draw(st.integers(0, 7)), draw(st.integers(1, 4))
+    tokens, top_k = draw(st.integers(0, 7)), draw(st.integers(0, 4))
     picks = st.lists(st.integers(0, size * share), min_size=tokens * top_k, max_size=tokens * top_k)
     return torch.tensor(draw(picks), dtype=torch.int64).view(tokens, top_k), size * share, size
 

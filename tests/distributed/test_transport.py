@@ -139,11 +139,23 @@ def test_only_pairs_of_token_and_rank_travel() -> None:
 
 
 def test_padding_bounds_what_travels() -> None:
-    """Even blocks of min(T, N / P * slots) rows, whatever the picks, and no message with counts."""
+    """Even blocks of min(T, N / P * slots) rows, whatever the picks; ranks agree on that number when it changes."""
     block = 4 * 1
     rows = 4 * D * 2 + 4 * 2 * K
     for forward, _ in run_ranks(2, sent_by, Case((9, 9), "nothing", exchange="padded", dtype=torch.float32), 1):
-        assert forward == block * rows
+        assert forward == block * rows + 8
+
+
+def uneven_blocks() -> None:
+    case = Case((9, 5), exchange="padded")
+    with pytest.raises(ConfigError, match=r"padded.*\[9, 5\] rows.*ragged"):
+        on_rank(case, slots=9)
+    # Few enough slots make blocks of the same size.
+    on_rank(Case((9, 5), "nothing", exchange="padded"), slots=1)
+
+
+def test_uneven_blocks_are_refused_on_all_ranks() -> None:
+    run_ranks(2, uneven_blocks)
 
 
 def test_nothing_travels_without_picks() -> None:
@@ -273,6 +285,8 @@ def capacity_block() -> None:
     ours, alone = block_of(dispatch, experts, **changes), block_of(None, all_experts(case), **changes)
     x = inputs(case, dist.get_rank())[0]
     sent = {}
+    ours(x)
+    traffic.take()
     for training in (True, False):
         torch.testing.assert_close(ours.train(training)(x), alone.train(training)(x), rtol=1e-12, atol=1e-12)
         sent[training] = traffic.take()

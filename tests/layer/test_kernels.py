@@ -74,6 +74,23 @@ def test_rows_of_no_expert_add_nothing_even_if_they_hold_nan(kernel: Kernel, dev
     assert all(tensor.isfinite().all() for tensor in found.values())
 
 
+@pytest.mark.parametrize("picks", ["no_rows", "no_tokens"])
+@pytest.mark.parametrize(("kernel", "device", "dtype"), runs())
+def test_experts_without_rows_have_gradients_of_zero(
+    kernel: Kernel, device: str, dtype: torch.dtype, picks: str
+) -> None:
+    """Not none at all: where experts are spread, all ranks must reduce the same gradients."""
+    call = make_call("gelu_gated_biased", picks, "larger", dtype, device)
+    call.skip_unless(kernel)
+    y_TD = call.output(kernel)
+    gradients = torch.autograd.grad(
+        y_TD, list(call.leaves.values()), call.upstream_TD.to(y_TD.dtype), allow_unused=True
+    )
+    for name, gradient in zip(call.leaves, gradients, strict=True):
+        assert gradient is not None, name
+        assert not gradient.any(), name
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loop_equals_one_expert_at_a_time(layout: str) -> None:
     """The specification itself, against the formula written for one token and one pick."""

@@ -91,6 +91,7 @@ class ExpertParallel:
             _check_node_groups(ep_group, *node_groups)
         self.num_experts, self.exchange, self.traffic = num_experts, exchange, traffic
         self.variable_width = variable_width
+        self._even_rows: int | None = None
         self._ep = ep_group
         self._esp = None if esp_group is None or esp_group.size() == 1 else esp_group
         self._mover: Mover = Flat(ep_group, traffic) if node_groups is None else Hierarchical(*node_groups, traffic)
@@ -133,7 +134,7 @@ class ExpertParallel:
             (tokens_each,), rows_E = self._known(tokens_P.unsqueeze(0), tokens_P.sum().view(1))
             return [Everywhere(self._ep, tokens_each, self.traffic), *self._slices(rows_E)]
         if self.exchange == "padded" and slots is not None:
-            rows = min(tokens, self.num_local * slots)
+            rows = self._agreed(min(tokens, self.num_local * slots), index_TK.device)
             pairs = padded_pairs(index_TK, self.num_experts, size, rows)
             even = PairCarrier(self._mover, pairs, [[rows] * size] * 3)
             return [even, *self._slices([rows * size] * (1 if self._esp is None else self._esp.size()))]
@@ -141,6 +142,21 @@ class ExpertParallel:
         counts_CP = self._mover.learn(ragged.sent_P)
         counts, rows_E = self._known(counts_CP, counts_CP[1].sum().view(1))
         return [PairCarrier(self._mover, ragged.pairs(sum(counts[0])), counts), *self._slices(rows_E)]
+
+    def _agreed(self, rows: int, device: torch.device) -> int:
+        """Rows of an even part; where they change, a collective call makes sure that they do on all ranks."""
+        if rows != self._even_rows:
+            rows_1 = torch.tensor([rows], device=device)
+            found = all_gather(rows_1, [1] * self._ep.size(), self._ep, self.traffic).wait().tolist()
+            if len(set(found)) > 1:
+                raise ConfigError(
+                    "parallel.exchange",
+                    "padded",
+                    f"needs equal numbers of tokens, and ranks want to send {found} rows to each",
+                    "use exchange: ragged, or rows that the ranks can share evenly",
+                )
+            self._even_rows = rows
+        return rows
 
     def _slices(self, rows_E: Sequence[int]) -> list[Carrier]:
         """The stage over the ranks with slices of the same experts, from how many rows each of them gets."""

@@ -110,5 +110,5 @@ def pairs_at(place_PT: Tensor, goes_PT: Tensor, rows: int, top_k: int) -> Pairs:
     token_S = token_S.scatter_(0, place_PT.reshape(-1), token_PT.reshape(-1))[:rows]
     place_TM = place_PT.t()
     if ranks > top_k:
-        place_TM = place_TM.sort(1).values[:, :top_k]
+        place_TM = place_TM.sort(1).values[:, : max(1, top_k)]
     return Pairs(token_S, place_TM.contiguous())

@@ -123,6 +123,7 @@ def _packed(index_TK: Tensor, weight_TK: Tensor) -> Tensor:
 
 
 def _unpacked(picks_R2K: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    index_RK, weight_RK = picks_R2K.chunk(2, 1)
+    top_k = picks_R2K.shape[1] // 2
+    index_RK, weight_RK = picks_R2K[:, :top_k], picks_R2K[:, top_k:]
     floating = torch.float32 if picks_R2K.dtype == torch.int32 else torch.float64
     return index_RK.to(torch.int64), weight_RK.contiguous().view(floating).to(dtype)
