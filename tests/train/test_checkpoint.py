@@ -6,13 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from tests.train.builders import tiny_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moesaic.errors import CheckpointError, TrainingError
+from moesaic.hf.weight_files import WeightFile
 from moesaic.train import CheckpointStore, RunConfig, check_same_run, load_state, train
 from moesaic.train.checkpoint import STATE_FILE
+
+OPTIMIZER_FILE, METADATA_FILE = "optimizer/__0_0.distcp", "optimizer/.metadata"
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,11 @@ def test_a_longer_run_with_other_reporting_goes_on(output, data):
     [
         ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-9]), r"model\.safetensors is damaged"),
         ("model.safetensors", Path.unlink, r"model\.safetensors is missing"),
+        (OPTIMIZER_FILE, lambda path: path.write_bytes(path.read_bytes()[:-9]), r"optimizer/__0_0\.distcp is damaged"),
+        (OPTIMIZER_FILE, lambda path: path.write_bytes(bytes(path.stat().st_size)), r"__0_0\.distcp is damaged"),
+        (OPTIMIZER_FILE, Path.unlink, r"__0_0\.distcp is missing"),
+        (METADATA_FILE, lambda path: path.write_bytes(path.read_bytes()[:-9]), r"optimizer/\.metadata is damaged"),
+        (METADATA_FILE, Path.unlink, r"\.metadata is missing"),
         (STATE_FILE, lambda path: path.write_bytes(path.read_bytes()[:999]), r"trainer_state\.pt is damaged"),
         (STATE_FILE, Path.unlink, r"trainer_state\.pt is missing"),
         ("run.yaml", Path.unlink, r"run\.yaml can't be read"),
@@ -108,17 +115,15 @@ def test_state_holds_plain_data_only(trained):
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(data, tmp_path, monkeypatch):
-    save = torch.save
-    saved = []
+    add = WeightFile.add
 
-    def full_at_the_second(state, path):
-        if saved:
+    def full_at_the_second(file, name, tensor):
+        if (tmp_path / "checkpoints" / "step-00000004").exists() and name == "lm_head.weight":
             raise OSError(errno.ENOSPC, "No space left on device")
-        saved.append(path)
-        save(state, path)
+        add(file, name, tensor)
 
     run = tiny_run(data.config)
-    monkeypatch.setattr(torch, "save", full_at_the_second)
+    monkeypatch.setattr(WeightFile, "add", full_at_the_second)
     with pytest.raises(CheckpointError, match=r"step-00000008: No space left on device; .*step-00000004, is intact"):
         train(run, tmp_path, data=data, progress=False)
     monkeypatch.undo()
@@ -127,7 +132,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(data, tmp_path, monkeypatch)
     assert train(run, tmp_path, resume=True, data=data, progress=False).finished
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", STATE_FILE])
+@pytest.mark.parametrize("file", ["model.safetensors", OPTIMIZER_FILE])
 def test_writers_that_really_fail_leave_the_previous_checkpoint(data, make_trainer, file):
     trainer = make_trainer(tiny_run(data.config))
     trainer.train_step()

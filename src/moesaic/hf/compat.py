@@ -19,10 +19,12 @@ from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
+    revert_weight_conversion,
 )
 from transformers.integrations.deepgemm import is_deepgemm_loadable
 from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
 from transformers.integrations.sonicmoe import is_sonicmoe_loadable
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 __all__ = [
     "Concatenate",
@@ -39,8 +41,10 @@ __all__ = [
     "on_meta_device",
     "register_conversion",
     "register_experts_function",
+    "revert_weight_conversion",
     "skip_no_expert",
     "use_experts_implementation",
+    "without_tied_names",
     "wrap_method",
 ]
 
@@ -101,6 +105,11 @@ def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def on_meta_device() -> bool:
     """Whether modules made now are made without storage, as `from_pretrained` does."""
     return torch.get_default_device() == torch.device("meta")
+
+
+def without_tied_names(state: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """A state dict on the meta device without the names that `save_pretrained` leaves out because another says the same."""
+    return remove_tied_weights_from_state_dict(dict(state), model)
 
 
 def wrap_method(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None]:

@@ -1,31 +1,37 @@
 """Checkpoints of a run: an HF model folder that also holds what exact resuming needs.
 
 step-00000100/
-  config.json, model.safetensors, tokenizer.json, ...   the model, as `from_pretrained` loads it
-  run.yaml                                              the resolved run
-  trainer_state.pt                                      step, optimiser, data position, random number generators
+  config.json, model*.safetensors, tokenizer.json, ...   the model, as `from_pretrained` loads it
+  optimizer/                                             state of the optimiser, in torch's distributed format (DCP)
+  run.yaml                                               the resolved run
+  trainer_state.pt                                       step, tokens, data position, last evaluation
+
+Nothing in it depends on how many processes wrote it, or which of them held what: any number of others can go on. They
+also write it together, each its share.
 """
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic.configuration import read_yaml
+from moesaic.dist.checkpoint import Snapshot, Team, WriteFailed, load_optimizer
+from moesaic.dist.checkpoint.snapshot import OPTIMIZER
 from moesaic.errors import CheckpointError, ConfigError
-from moesaic.files import atomic_directory
-from moesaic.train.quiet import without_progress_bars
 from moesaic.train.run import RunConfig
 
 RUN_FILE = "run.yaml"
 STATE_FILE = "trainer_state.pt"
-_FORMAT = 1
+_FORMAT = 2
 
 # Fields that may change when a run is resumed: they do not touch steps that were already made.
 RESUMABLE_CHANGES = frozenset(
@@ -37,6 +43,7 @@ RESUMABLE_CHANGES = frozenset(
         "train.eval_batches",
         "train.checkpoint_every",
         "train.keep_checkpoints",
+        "train.async_checkpoint",
         "train.log_every",
         "train.tensorboard",
     }
@@ -46,13 +53,20 @@ RESUMABLE_CHANGES = frozenset(
 class CheckpointStore:
     """The checkpoints of one run, of which the latest few are kept.
 
+    Where torch.distributed is started, all its processes save together, into a folder that all of them see.
+
     Args:
         folder: where they are; made with the first one.
         keep: how many to keep.
+        in_background: copy what is saved to the memory of the host, and write that while training goes on. One save is
+            under way at most: the next one waits for it.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, *, in_background: bool = False) -> None:
+        self.folder, self.keep, self._in_background = folder, keep, in_background
+        self._team: Team | None = None
+        self._writer: ThreadPoolExecutor | None = None
+        self._under_way: Future[None] | None = None
 
     def all(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
@@ -67,6 +81,7 @@ class CheckpointStore:
         self,
         step: int,
         model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
         tokenizer: PreTrainedTokenizerBase,
         run: RunConfig,
         state: dict[str, Any],
@@ -76,31 +91,64 @@ class CheckpointStore:
 
         Args:
             step: optimiser steps made.
-            model: saved with `save_pretrained`.
+            model: saved as `save_pretrained` does.
+            optimizer: over its parameters.
             tokenizer: saved beside it.
             run: the resolved run.
-            weights: whole tensors to save in place of the model's own, which are spread over processes.
-            state: of what `torch.load(weights_only=True)` accepts.
+            state: of what `torch.load(weights_only=True)` accepts, and equal on all processes.
+
+        Returns:
+            Where it is, or in the background will be.
 
         Raises:
-            CheckpointError: if it can't be written; earlier checkpoints are then intact.
+            CheckpointError: on all processes, if it, or the one before it in the background, can't be written; earlier
+                checkpoints are then intact.
         """
+        self.wait()
         path = self.folder / f"step-{step:08d}"
+        self._team = team = self._team or Team()
+        snapshot = Snapshot(model, optimizer, team, copy=self._in_background)
+        scalars = _serialised({"format": _FORMAT, "step": step, **state})
+
+        def write_rest(folder: Path) -> None:
+            if team.rank == 0:
+                tokenizer.save_pretrained(folder)
+                (folder / RUN_FILE).write_text(run.to_yaml(), encoding="utf-8")
+                (folder / STATE_FILE).write_bytes(scalars)
+
+        def write() -> None:
+            with team.directory(path) as temporary:
+                snapshot.write(temporary)
+                team.together(lambda: write_rest(temporary))
+            if team.rank == 0:
+                self._prune()
+
+        if self._in_background:
+            self._writer = self._writer or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            self._under_way = self._writer.submit(self._guarded, write, path)
+        else:
+            self._guarded(write, path)
+        return path
+
+    def wait(self) -> None:
+        """Wait for a save in the background; a collective call.
+
+        Raises:
+            CheckpointError: on all processes, if it could not be written.
+        """
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def _guarded(self, write: Callable[[], None], path: Path) -> None:
         previous = self.latest()
         try:
-            with atomic_directory(path) as temporary, without_progress_bars():
-                model.save_pretrained(temporary, state_dict=weights)
-                tokenizer.save_pretrained(temporary)
-                (temporary / RUN_FILE).write_text(run.to_yaml(), encoding="utf-8")
-                _write_state({"format": _FORMAT, "step": step, **state}, temporary / STATE_FILE)
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
+            write()
+        except WriteFailed as error:
             left = f"the last checkpoint, {previous}, is intact" if previous else "there is no earlier checkpoint"
             raise CheckpointError(
-                f"cannot write the checkpoint {path}: {reason}; {left}. Free some space, then resume the run"
+                f"cannot write the checkpoint {path}: {error}; {left}. Free some space, then resume the run"
             ) from error
-        self._prune()
-        return path
 
     def _prune(self) -> None:
         for path in self.all()[: -self.keep]:
@@ -108,6 +156,15 @@ class CheckpointStore:
         # Left behind where a process was killed while it wrote.
         for path in self.folder.glob(".step-*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def load_optimizer_state(checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    """Fill an optimiser, spread over processes in whatever way, from a checkpoint.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged.
+    """
+    load_optimizer(checkpoint / OPTIMIZER, model, optimizer)
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -167,9 +224,7 @@ def _first_difference(saved: Any, current: Any, path: str = "") -> tuple[str, An
     return path, saved, current
 
 
-def _write_state(state: dict[str, Any], path: Path) -> None:
-    try:
-        torch.save(state, path)
-    except RuntimeError as error:
-        # torch's own file writer says no more than this when the disk is full.
-        raise OSError(f"torch.save failed ({error})") from error
+def _serialised(state: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()

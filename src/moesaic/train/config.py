@@ -33,6 +33,9 @@ class TrainConfig(Config):
         eval_batches: evaluate on at most this many batches of a domain; None for all.
         checkpoint_every: write a checkpoint after every this many steps, and after the last; None for only after the
             last.
+        async_checkpoint: write checkpoints while training goes on. A step that saves then takes as long as a copy of
+            weights and optimiser to the memory of the host, which must have room for both: each process copies the
+            tensors that it writes.
         keep_checkpoints: how many of the latest checkpoints stay on disk.
         log_every: where the output is not a terminal, print a line after every this many steps. Metrics are written at
             every step all the same.
@@ -55,6 +58,7 @@ class TrainConfig(Config):
     eval_every: PositiveInt | None = 100
     eval_batches: PositiveInt | None = None
     checkpoint_every: PositiveInt | None = 100
+    async_checkpoint: bool = False
     keep_checkpoints: PositiveInt = 2
     log_every: PositiveInt = 10
     tensorboard: bool = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -11,10 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moesaic.errors import CheckpointError
 from moesaic.files import is_local
+from moesaic.hf.weight_files import check_weight_files
 from moesaic.train.quiet import without_progress_bars
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype | Literal["auto"] = torch.float32) -> PreTrainedModel:
@@ -71,46 +68,3 @@ def _described(entry: Any) -> str:
         return entry
     name, in_file, in_model = entry
     return f"{name} with shape {tuple(in_file)} instead of {tuple(in_model)}"
-
-
-def check_weight_files(folder: str | Path) -> None:
-    """Check that the safetensors files of a model folder are all there and as long as their headers say.
-
-    Raises:
-        CheckpointError: names the first file that is missing or damaged.
-    """
-    folder = Path(folder)
-    for file in _weight_files(folder):
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing; copy the checkpoint again or use another one")
-        expected, actual = _safetensors_size(file), file.stat().st_size
-        if expected != actual:
-            raise CheckpointError(
-                f"{file} is damaged: it has {actual} bytes where its header says {expected or 'nothing readable'}; "
-                f"copy the checkpoint again or use another one"
-            )
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / _INDEX
-    if not index.is_file():
-        return [folder / _SINGLE]
-    try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged ({error}); copy the checkpoint again or use another one") from error
-    return [folder / name for name in sorted(set(names))]
-
-
-def _safetensors_size(file: Path) -> int | None:
-    """Size of a whole safetensors file by its own header: 8 bytes of length, the header, the tensors."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 0 < length <= file.stat().st_size - 8:
-            return None
-        try:
-            header = json.loads(stream.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return None
-    return 8 + length + max(ends, default=0)

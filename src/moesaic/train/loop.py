@@ -20,7 +20,7 @@ from moesaic.errors import DataError, TrainingError
 from moesaic.files import write_text
 from moesaic.hf import MoesaicForCausalLM
 from moesaic.layer import post_step
-from moesaic.train.checkpoint import RUN_FILE, CheckpointStore, check_same_run, load_state
+from moesaic.train.checkpoint import RUN_FILE, CheckpointStore, check_same_run, load_optimizer_state, load_state
 from moesaic.train.evaluate import Evaluation, evaluate
 from moesaic.train.load import load_model
 from moesaic.train.metrics import MetricsFile, MetricsSink, StepMetrics, TensorBoardSink, evaluation_record
@@ -102,7 +102,9 @@ def train(
         TrainingError: if a loss or gradient is not finite, `output_dir` does not fit `resume`, or another process is lost.
     """
     output_dir = Path(output_dir)
-    store = CheckpointStore(output_dir / CHECKPOINTS, run.train.keep_checkpoints)
+    store = CheckpointStore(
+        output_dir / CHECKPOINTS, run.train.keep_checkpoints, in_background=run.train.async_checkpoint
+    )
     process = Process.of_environment()
     checkpoint = _checkpoint_to_resume(store, resume)
     if checkpoint is not None:
@@ -123,6 +125,7 @@ def train(
         trainer = Trainer(run, model, data, store, ranks)
         if checkpoint is not None:
             trainer.load_state_dict(load_state(checkpoint))
+            load_optimizer_state(checkpoint, model, trainer.optimizer)
         if process.is_first:
             write_text(output_dir / RUN_FILE, run.to_yaml())
         meeting.wait()
@@ -181,7 +184,9 @@ class Trainer:
                     display.note(describe_evaluation(self.step, self.validation))
                 if last or _due(self.step, self.config.checkpoint_every):
                     self.save()
+            self.store.wait()
             checkpoint = self._checkpoint_of_this_step() or self.save()
+            self.store.wait()
             stopped_by = self._stopped_by()
             if stopped_by is not None:
                 display.note(f"stopped by a signal after step {self.step}; resume from {checkpoint}")
@@ -257,22 +262,14 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this step."""
-        state, weights = self.state_dict(), None
-        if self.ranks.process.distributed:
-            weights, state["optimizer"] = self.ranks.gather(self.optimizer)
-        path = self.store.folder / f"step-{self.step:08d}"
-        if self.ranks.process.is_first:
-            self.store.save(self.step, self.model, self.data.tokenizer, self.run, state, weights)
-        self.ranks.count(0)  # all go on once it is there
-        return path
+        return self.store.save(self.step, self.model, self.optimizer, self.data.tokenizer, self.run, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the weights: counters, optimiser and data position. Random numbers follow from seed and step."""
+        """All but weights and optimiser: counters and data position. Random numbers follow from seed and step."""
         return {
             "step": self.step,
             "tokens": self.tokens,
             "validation": {domain: asdict(found) for domain, found in self.validation.items()},
-            "optimizer": self.optimizer.state_dict(),
             "data": self.batches.state_dict(),
         }
 
@@ -285,7 +282,6 @@ class Trainer:
         self.step, self.tokens = state["step"], state["tokens"]
         self.validation = {domain: Evaluation(**found) for domain, found in state["validation"].items()}
         self.batches.load_state_dict(state["data"])
-        self.ranks.load_optimizer(self.optimizer, state["optimizer"])
 
     def _stopped_by(self) -> int | None:
         return self.ranks.agreed_signal(self.stop.received)

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_optimizer_state_dict
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoConfig, PreTrainedModel
 
@@ -79,14 +78,6 @@ class Ranks(Protocol):
         """What the metrics file says of the processes of a step; empty for one."""
         ...
 
-    def gather(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Whole weights and optimiser state on the first process."""
-        ...
-
-    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Any) -> None:
-        """Put a saved optimiser state back."""
-        ...
-
 
 class OneProcess:
     """A training that no other process takes part in.
@@ -120,12 +111,6 @@ class OneProcess:
 
     def metrics(self, sums: StepSums, loads: Mapping[int, LayerLoad]) -> dict[str, Any]:
         return {}
-
-    def gather(self, optimizer: torch.optim.Optimizer) -> Any:
-        raise NotImplementedError
-
-    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Any) -> None:
-        optimizer.load_state_dict(state)
 
 
 class ManyProcesses:
@@ -175,14 +160,6 @@ class ManyProcesses:
         values = values.to(self.device)
         dist.all_reduce(values)
         return values
-
-    def gather(self, optimizer: torch.optim.Optimizer) -> Any:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_state_dict(self.sharded.model, optimizer, options=options)
-
-    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Any) -> None:
-        options = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(self.sharded.model, optimizer, state, options=options)
 
     def metrics(self, sums: StepSums, loads: Mapping[int, LayerLoad]) -> dict[str, Any]:
         waited, layout = sums.measured["all_to_all_seconds"], self.sharded.meshes.layout
