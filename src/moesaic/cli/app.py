@@ -15,7 +15,7 @@ from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 
 import moesaic
-from moesaic.cli import bench, convert, demo, evaluate, export, generate, inspect, reproduce, train, upcycle
+from moesaic.cli import bench, convert, demo, evaluate, export, generate, inspect, plan, reproduce, train, upcycle
 from moesaic.cli.console import errors
 from moesaic.errors import MoesaicError
 
@@ -44,6 +44,7 @@ app.command("convert")(convert.command)
 app.command("upcycle")(upcycle.command)
 app.command("export")(export.command)
 app.command("inspect")(inspect.command)
+app.command("plan")(plan.command)
 app.command("reproduce")(reproduce.command)
 app.command("bench")(bench.command)
 

@@ -6,16 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moesaic.cli.console import Json, Set, emit_json, results
-from moesaic.cli.models import load, model_folder, tokenizer_of
+from moesaic.cli.models import load, model_folder, run_on_meta, tokenizer_of
 from moesaic.cli.texts import Texts, batches_of, sequence_length_for
-from moesaic.data import TrainBPE, load_tokenizer
 from moesaic.errors import ConfigError
-from moesaic.hf import MoesaicForCausalLM, build, convert, read_backbone
+from moesaic.hf import MoesaicForCausalLM, convert
 from moesaic.layer.balance import max_violation
 from moesaic.trace import StatisticsTables, account, router_statistics, trace_batches, watch_state, write_report
 from moesaic.train import RunConfig
@@ -44,7 +41,7 @@ def command(
     if model.suffix in (".yaml", ".yml"):
         if texts or report:
             raise ConfigError("model", str(model), "has no weights to read text with", "give the folder of a model")
-        accounting = account(_on_meta(model, overrides or []), context_length=context_length)
+        accounting = account(run_on_meta(RunConfig.from_yaml(model, overrides or [])), context_length=context_length)
         emit_json(accounting.to_dict()) if json else results.print(accounting)
         return
     if overrides:
@@ -80,19 +77,3 @@ def command(
             results.print(f"Routing of {trace.num_tokens:,} tokens: {report.resolve()}")
     if json:
         emit_json(summary)
-
-
-def _on_meta(path: Path, overrides: list[str]) -> PreTrainedModel:
-    """The model of a run, MoE or dense, without its weights: shapes are enough to count."""
-    run = RunConfig.from_yaml(path, overrides)
-    if run.initial_model is not None:
-        return load(Path(run.initial_model))[0]
-    backbone = run.backbone
-    assert backbone is not None, "RunConfig checks this"
-    if isinstance(backbone, dict) and "vocab_size" not in backbone:
-        wanted = run.data.tokenizer
-        size = wanted.vocab_size if isinstance(wanted, TrainBPE) else len(load_tokenizer(wanted.path))
-        backbone = {**backbone, "vocab_size": size}
-    config = read_backbone(backbone)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config) if run.moe is None else build(config, run.moe)

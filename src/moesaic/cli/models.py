@@ -6,18 +6,20 @@ import re
 from pathlib import Path
 from typing import Annotated, cast
 
+import torch
 import typer
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic.cli.console import emit_json, results
-from moesaic.data import load_tokenizer
+from moesaic.data import TrainBPE, load_tokenizer
 from moesaic.data.tokenizer import vocabulary_limit
 from moesaic.errors import CheckpointError, ConfigError, DataError
 from moesaic.files import atomic_directory
+from moesaic.hf import build, read_backbone
 from moesaic.trace import account
-from moesaic.train import CheckpointStore, load_model
+from moesaic.train import CheckpointStore, RunConfig, load_model
 from moesaic.train.loop import CHECKPOINTS
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -55,6 +57,24 @@ def load(path: Path) -> tuple[PreTrainedModel, Path]:
     """
     folder = model_folder(path)
     return load_model(folder, dtype="auto").eval(), folder
+
+
+def run_on_meta(run: RunConfig) -> PreTrainedModel:
+    """The model of a run, MoE or dense, without its weights: shapes are enough to count.
+
+    Only the model of `initial_model` is on the CPU with its weights.
+    """
+    if run.initial_model is not None:
+        return load(Path(run.initial_model))[0]
+    backbone = run.backbone
+    assert backbone is not None, "RunConfig checks this"
+    if isinstance(backbone, dict) and "vocab_size" not in backbone:
+        wanted = run.data.tokenizer
+        size = wanted.vocab_size if isinstance(wanted, TrainBPE) else len(load_tokenizer(wanted.path))
+        backbone = {**backbone, "vocab_size": size}
+    config = read_backbone(backbone)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config) if run.moe is None else build(config, run.moe)
 
 
 def tokenizer_of(folder: Path, model: PreTrainedModel, given: Path | None = None) -> PreTrainedTokenizerBase:

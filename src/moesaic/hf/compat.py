@@ -5,13 +5,21 @@ tests/hf/test_compat.py holds the canaries: they fail with a readable message wh
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, initialization
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    initialization,
+    masking_utils,
+)
 from transformers.configuration_utils import SubConfigSpec
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import (
@@ -44,6 +52,7 @@ __all__ = [
     "revert_weight_conversion",
     "skip_no_expert",
     "use_experts_implementation",
+    "whole_sequences",
     "without_tied_names",
     "wrap_method",
 ]
@@ -135,3 +144,18 @@ def wrap_method(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[
 
     setattr(owner, name, wrapped)
     return undo
+
+
+@contextlib.contextmanager
+def whole_sequences() -> Iterator[None]:
+    """Models called in here on fake tensors take each row for one sequence, as they do on real ones.
+
+    Transformers looks at position ids for several sequences packed in a row. It can't read fake ones, takes them for
+    packed, and makes a mask that a real run does not have.
+    """
+    found = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = found
