@@ -13,6 +13,9 @@ from torch import Tensor
 
 from moesaic.dist.exchange.traffic import Traffic
 
+# Its name until torch 2.12, which 2.13 warns of.
+_all_gather_even = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Pending(Protocol):
     """A tensor that others are still sending."""
@@ -95,7 +98,7 @@ def all_gather(
         return all_to_all(repeated_SX, [rows_SX.shape[0]] * len(rows_P), rows_P, group, traffic)
     rows_SX = rows_SX.contiguous()
     result_RX = rows_SX.new_empty(sum(rows_P), *rows_SX.shape[1:])
-    work = dist.all_gather_into_tensor(result_RX, rows_SX, group=group, async_op=True)
+    work = _all_gather_even(result_RX, rows_SX, group=group, async_op=True)
     assert work is not None
     _count(traffic, group, rows_SX, rows_P)
     return Transfer(work, result_RX, rows_SX, traffic)

@@ -1,7 +1,7 @@
 """The all-to-all in two steps: inside a node to the rank with the destination's local index, then between nodes.
 
 A rank of n nodes with p ranks each sends n - 1 messages to other nodes instead of (n - 1) p, each p times as long. What
-arrives is bit for bit what one step brings, in the same order. Source: SE-MoE (arXiv 2205.10034, section 4.3).
+arrives is bit for bit what one step brings, in the same order. Source: SE-MoE (arXiv 2205.10034).
 """
 
 from __future__ import annotations
