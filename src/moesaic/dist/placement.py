@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from moesaic.dist.mesh import Meshes
 from moesaic.layer import Experts, MoEBlock
 
 Kind = Literal["dense", "experts", "replicated"]
@@ -28,11 +29,28 @@ class Placed:
         parameter: itself.
         kind: "dense" is sharded over (dp_replicate, dp_shard), "experts" over the sparse mesh, "replicated" is whole
             everywhere.
+        experts: the module that owns it, if these are experts.
     """
 
     name: str
     parameter: nn.Parameter
     kind: Kind
+    experts: Experts | None = None
+
+    def local(self, whole: Tensor, meshes: Meshes) -> Tensor:
+        """What this process keeps of the whole tensor; a view where that can be.
+
+        Args:
+            whole: its value.
+            meshes: of the layout.
+        """
+        if self.kind == "replicated":
+            return whole
+        if self.experts is None:
+            return _fsdp_part(whole, 0, meshes.dense.size(1), meshes.dense.get_local_rank(1))
+        leaf, axis = self.name.rpartition(".")[2], meshes.expert_data
+        part = local_part(whole, meshes.experts, expert_placements(self.experts, leaf))
+        return _fsdp_part(part, fsdp_dimension(leaf, part, axis.size(1)), axis.size(1), axis.get_local_rank(1))
 
 
 def placed_parameters(model: nn.Module) -> Iterator[Placed]:
@@ -41,12 +59,14 @@ def placed_parameters(model: nn.Module) -> Iterator[Placed]:
     Routers (and depth gates) are replicated: they are small, run in full precision, and the cell of a recurrent router
     is used by layers that do not own it.
     """
-    kinds: dict[nn.Parameter, Kind] = {}
+    experts: dict[nn.Parameter, Experts] = {}
+    replicated: set[nn.Parameter] = set()
     for block in blocks_of(model):
-        kinds.update(dict.fromkeys(block.experts.parameters(), "experts"))
-        kinds.update(dict.fromkeys(replicated_of(block), "replicated"))
+        experts.update(dict.fromkeys(block.experts.parameters(), cast(Experts, block.experts)))
+        replicated.update(replicated_of(block))
     for name, parameter in model.named_parameters():
-        yield Placed(name, parameter, kinds.get(parameter, "dense"))
+        kind: Kind = "experts" if parameter in experts else "replicated" if parameter in replicated else "dense"
+        yield Placed(name, parameter, kind, experts.get(parameter))
 
 
 def blocks_of(model: nn.Module) -> list[MoEBlock]:
@@ -85,9 +105,15 @@ def fsdp_dimension(name: str, parameter: Tensor, shards: int) -> int:
     return 1 if name.startswith("down_proj") else 2
 
 
+def _fsdp_part(tensor: Tensor, dimension: int, shards: int, shard: int) -> Tensor:
+    """What FSDP gives to one of `shards` processes: parts as `torch.chunk` makes them, and nothing for the rest."""
+    parts = tensor.chunk(shards, dimension)
+    return parts[shard] if shard < len(parts) else tensor.narrow(dimension, 0, 0)
+
+
 def distribute(parameter: nn.Parameter, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> nn.Parameter:
     """A DTensor parameter with this process's part of a whole one; nothing is sent."""
-    part = local_part(parameter.data, mesh, placements)
+    part = local_part(parameter.data, mesh, placements).clone()
     data = DTensor.from_local(
         part, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
     )
@@ -95,7 +121,7 @@ def distribute(parameter: nn.Parameter, mesh: DeviceMesh, placements: tuple[Plac
 
 
 def local_part(tensor: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Tensor:
-    """This process's part of a whole tensor, a contiguous copy; every shard must be equally large."""
+    """This process's part of a whole tensor, a view where that can be; every shard must be equally large."""
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
     for axis, placement in enumerate(placements):
@@ -106,4 +132,4 @@ def local_part(tensor: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ..
         blocks = placement.split_factor if isinstance(placement, _StridedShard) else 1
         split = tensor.unflatten(placement.dim, (blocks, count, -1))
         tensor = split.select(placement.dim + 1, place).flatten(placement.dim, placement.dim + 1)
-    return tensor.clone()
+    return tensor

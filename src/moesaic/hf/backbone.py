@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moesaic.hf.compat import backbone_class, initialization, on_meta_device
+from moesaic.hf.compat import backbone_class, initialization, on_meta_device, without_storage
 from moesaic.hf.experts import MoesaicExperts
 from moesaic.hf.families import Family, family_of
 from moesaic.layer import Experts, MoEBlock, MoESpec, Router, RoutingContext
@@ -105,7 +105,7 @@ def build_backbone(config: PreTrainedConfig, owner: PreTrainedConfig, spec: MoES
     family = family_of(config)
     target = torch.get_default_device()
     # The stock feed-forward networks are built without storage, then replaced.
-    with torch.device("meta"):
+    with without_storage():
         backbone = _class_with_experts(backbone_class(config), spec.experts.gated)(config)
         layers = getattr(backbone, family.layers)
         indices = spec.layers.indices(len(layers))

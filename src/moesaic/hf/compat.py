@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -40,12 +41,14 @@ __all__ = [
     "SubConfigSpec",
     "WeightConverter",
     "WeightRenaming",
+    "around_init_weights",
     "backbone_class",
     "causal_lm_class",
     "experts_function",
     "initialization",
     "may_pick_no_expert",
     "missing_for_experts_function",
+    "not_drawn",
     "on_meta_device",
     "register_conversion",
     "register_experts_function",
@@ -53,9 +56,12 @@ __all__ = [
     "skip_no_expert",
     "use_experts_implementation",
     "whole_sequences",
+    "without_storage",
     "without_tied_names",
     "wrap_method",
 ]
+
+_NOT_DRAWN: ContextVar[bool] = ContextVar("not_drawn", default=False)
 
 
 def register_experts_function(name: str, function: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> None:
@@ -119,6 +125,46 @@ def on_meta_device() -> bool:
 def without_tied_names(state: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
     """A state dict on the meta device without the names that `save_pretrained` leaves out because another says the same."""
     return remove_tied_weights_from_state_dict(dict(state), model)
+
+
+@contextlib.contextmanager
+def without_storage() -> Iterator[None]:
+    """Build modules on the meta device as a step of building a model, wherever that is built itself.
+
+    Whoever writes down the random numbers that building takes can tell by `not_drawn` that none are taken here.
+    """
+    token = _NOT_DRAWN.set(True)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        _NOT_DRAWN.reset(token)
+
+
+def not_drawn() -> bool:
+    """Whether modules are being built `without_storage`."""
+    return _NOT_DRAWN.get()
+
+
+@contextlib.contextmanager
+def around_init_weights(on_meta: Callable[[PreTrainedModel], None]) -> Iterator[None]:
+    """Call `on_meta` whenever a model that is built on the meta device comes to the point of initialising its weights.
+
+    Transformers initialises nothing there. Parts that are built `without_storage` don't count: they never do.
+    """
+    original = PreTrainedModel.init_weights
+
+    @functools.wraps(original)
+    def init_weights(self: PreTrainedModel) -> None:
+        if not not_drawn():
+            on_meta(self)
+        original(self)
+
+    PreTrainedModel.init_weights = init_weights
+    try:
+        yield
+    finally:
+        PreTrainedModel.init_weights = original
 
 
 def wrap_method(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None]:
