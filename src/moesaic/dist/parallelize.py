@@ -21,6 +21,7 @@ from moesaic.dist.expert_parallel import ExpertParallel
 from moesaic.dist.mesh import Meshes
 from moesaic.dist.placement import blocks_of, distribute, expert_placements, fsdp_dimension, replicated_of
 from moesaic.errors import UnsupportedModel
+from moesaic.hf import MoesaicModel
 from moesaic.hf.backbone import decoder_layers
 from moesaic.layer import Experts, MoEBlock
 
@@ -82,6 +83,9 @@ def parallelize(
             variable_width=block.gate.config.variable_width,
             traffic=traffic,
         )
+    for module in model.modules():
+        if isinstance(module, MoesaicModel):
+            module.batch_group = meshes.world.get_group()
     replicated = [parameter for block in blocks for parameter in replicated_of(block)]
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None)
     for block in blocks:

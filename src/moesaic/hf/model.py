@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, GenerationMixin, PreTrainedModel
@@ -81,10 +82,16 @@ class MoesaicModel(MoesaicPreTrainedModel):
     Args:
         config: backbone and `moe` section.
 
+    Attributes:
+        batch_group: processes that train on parts of one micro-batch, as `RoutingContext.group`; None for this one alone.
+            It counts in training only: whoever evaluates may do so alone.
+
     Raises:
         UnsupportedModel: if the backbone's family is not supported.
         ConfigError: if the `moe` section is invalid or does not fit the backbone.
     """
+
+    batch_group: dist.ProcessGroup | None = None
 
     def __init__(self, config: MoesaicConfig) -> None:
         super().__init__(config)
@@ -157,6 +164,7 @@ class MoesaicModel(MoesaicPreTrainedModel):
             raise UnsupportedDecoding(self._unservable)
         context.modality_T = None if modality_ids is None else modality_ids.reshape(-1)
         context.task_B = task_ids
+        context.group = self.batch_group if self.training else None
         check_needs(context, self._needs)
         if self._draws and self.training:
             # Drawn on the host, which gives the same on every device, and moved once for all layers.

@@ -37,7 +37,8 @@ class CapacityConfig(Config):
             "nearest" integer, halves to even (T5X); or "tutel": K floor(cf ceil(S / N)).
         multiple_of: C is rounded up to a multiple of this, last.
         scope: S and the slots are those of each "sequence" on its own, or of the whole micro-"batch" as in DeepSpeed
-            and GShard, where tokens of one sequence push out those of another.
+            and GShard, where tokens of one sequence push out those of another. As there, the micro-batch is that of one
+            process: with it results depend on the number of processes.
         policy: who gets the slots. "position": the first tokens. "probability": the picks with the highest score
             (DeepSpeed). "weight": those with the highest weight, which differs where weights are normalised over a
             token's picks (Megatron). "batch_priority": the tokens whose best picked expert has the highest score (V-MoE). "random": anyone

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moesaic.layer.assignment import Assignment
@@ -110,6 +111,8 @@ class RoutingContext:
         mask_T: True for real tokens, False for padding; None when there is no padding.
         modality_T: modality of each token, if the model was told.
         task_B: task of each sequence, if the model was told.
+        group: processes whose sequences, together with these, are the batch of balance losses with scope "batch"; None for
+            those of this process alone. All of the group must then run the same layers and losses.
         seed: int64 scalar from which routers that draw random numbers derive them; None for a fixed one. It makes them
             pure functions: layers that are recomputed draw the same numbers.
         records: routing by layer index, in the order in which layers ran.
@@ -124,6 +127,7 @@ class RoutingContext:
     mask_T: Tensor | None = None
     modality_T: Tensor | None = None
     task_B: Tensor | None = None
+    group: dist.ProcessGroup | None = None
     seed: Tensor | None = None
     records: dict[int, Routing] = field(default_factory=dict)
     ran_without_graph: set[int] = field(default_factory=set)

@@ -1,10 +1,14 @@
-"""Sums over the tokens of a sequence or of the micro-batch, from which balance losses are made."""
+"""Sums over the tokens of a sequence or of the micro-batch, from which balance losses are made.
+
+The micro-batch is that of all processes of the context's group, so that a loss does not depend on how many there are.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moesaic.layer.record import Routing, RoutingContext
@@ -20,14 +24,16 @@ def sum_over(values_TX: Tensor, context: RoutingContext, scope: Scope) -> Tensor
         # Not a product: what a padded position holds may be infinite.
         values_TX = values_TX.masked_fill(~context.mask_T.unsqueeze(-1), 0.0)
     sums_BX = values_TX.view(context.batch_size, -1, values_TX.shape[-1]).sum(1)
-    return sums_BX if scope == "sequence" else sums_BX.sum(0, keepdim=True).expand_as(sums_BX)
+    if scope == "sequence":
+        return sums_BX
+    return _over_group(sums_BX.sum(0, keepdim=True), context).expand_as(sums_BX)
 
 
 def tokens_over(values_TX: Tensor, context: RoutingContext, scope: Scope) -> Tensor:
     """Number of tokens that `sum_over` adds, at least 1, (B, 1)."""
     tokens_B = context.tokens_per_sequence(values_TX.shape[0], dtype=values_TX.dtype, device=values_TX.device)
     if scope == "batch":
-        tokens_B = tokens_B.sum().expand_as(tokens_B)
+        tokens_B = _over_group(tokens_B.sum(), context).expand_as(tokens_B)
     return tokens_B.clamp(min=1).unsqueeze(-1)
 
 
@@ -91,3 +97,27 @@ def squared_variation(values_BX: Tensor) -> Tensor:
     mean_B1 = values_BX.mean(-1, keepdim=True)
     variance_B = (values_BX - mean_B1).square().mean(-1)
     return variance_B / mean_B1.squeeze(-1).square().clamp(min=torch.finfo(values_BX.dtype).tiny)
+
+
+def _over_group(sums: Tensor, context: RoutingContext) -> Tensor:
+    """Sums over the processes of the context's group, differentiable."""
+    if context.group is None or dist.get_world_size(context.group) == 1:
+        return sums
+    return _AllReduce.apply(sums, context.group)
+
+
+class _AllReduce(torch.autograd.Function):
+    """Sum over a group. Every process's loss depends on it, so gradients are summed, too."""
+
+    @staticmethod
+    def forward(ctx, sums: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = sums.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
