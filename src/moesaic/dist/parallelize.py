@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import logging
-from collections.abc import Callable
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,6 @@ from moesaic.errors import UnsupportedModel
 from moesaic.hf import MoesaicModel
 from moesaic.hf.backbone import decoder_layers
 from moesaic.layer import Experts, MoEBlock
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -64,7 +62,9 @@ def parallelize(
         model: a causal language model of transformers or moesaic's, on its device.
         meshes: of the layout.
         config: the `parallel` section.
-        param_dtype: dtype to compute in; parameters are kept, and gradients summed, in their own. Routers keep theirs.
+        param_dtype: dtype in which layers get their parameters, for use under autocast to it: sharded parameters are cast
+            before they are gathered. They are kept, and gradients summed, in their own. Routers keep theirs, and so does
+            the stream of hidden states between layers, as under autocast alone.
 
     Raises:
         UnsupportedModel: if its experts are not packed `Experts`.
@@ -87,20 +87,62 @@ def parallelize(
         if isinstance(module, MoesaicModel):
             module.batch_group = meshes.world.get_group()
     replicated = [parameter for block in blocks for parameter in replicated_of(block)]
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None)
-    for block in blocks:
+    _shard(model, meshes, set(replicated), param_dtype)
+    return Sharded(model, meshes, replicated, traffic)
+
+
+def _shard(
+    model: nn.Module, meshes: Meshes, replicated: set[nn.Parameter], param_dtype: torch.dtype | None
+) -> None:
+    """FSDP2 over experts, decoder layers and the rest."""
+    # Autocast casts what a product takes. Casts of all inputs would also reach weights of picks and the residual stream.
+    policy = MixedPrecisionPolicy(
+        param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None, cast_forward_inputs=False
+    )
+    layers = decoder_layers(model)
+    for block in blocks_of(model):
         experts = cast(nn.Module, block.experts)
         place = functools.partial(_expert_dimension, _names(experts), meshes.layout.edp_shard)
         fully_shard(experts, mesh=meshes.expert_data, mp_policy=policy, shard_placement_fn=place)
-    for layer in decoder_layers(model):
-        fully_shard(layer, mesh=meshes.dense, mp_policy=policy, ignored_params=set(replicated))
-    fully_shard(model, mesh=meshes.dense, mp_policy=policy, ignored_params=set(replicated))
+    for module in (*layers, model):
+        fully_shard(module, mesh=meshes.dense, mp_policy=policy, ignored_params=replicated)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             # gloo has no scaled sums.
             module.set_force_sum_reduction_for_comms(True)
-    return Sharded(model, meshes, replicated, traffic)
+        elif isinstance(module, nn.Embedding) and param_dtype is not None:
+            module.register_forward_hook(functools.partial(_cast_output, module.weight.dtype))
+    if meshes.dense.device_type != "cpu":
+        prefetch(model, layers)
+
+
+def prefetch(model: nn.Module, layers: Sequence[nn.Module]) -> None:
+    """Gather the parameters of the next layer while a layer computes, forward and backward.
+
+    By itself FSDP gathers ahead of the device, as far as the host runs ahead of it. A ragged exchange makes the host wait
+    in each layer.
+
+    Args:
+        model: sharded, the root.
+        layers: its decoder layers in order, each sharded, with sharded experts inside.
+    """
+    units: list[list[FSDPModule]] = [
+        [module for module in layer.modules() if isinstance(module, FSDPModule)] for layer in layers
+    ]
+    if not units:
+        return
+    root = cast(FSDPModule, model)
+    root.set_modules_to_forward_prefetch(units[0])
+    root.set_modules_to_backward_prefetch(units[-1])
+    for lower, upper in itertools.pairwise(units):
+        lower[0].set_modules_to_forward_prefetch(upper)
+        upper[0].set_modules_to_backward_prefetch(lower)
+
+
+def _cast_output(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Embeddings start the stream of hidden states, which autocast leaves in the dtype of the parameters."""
+    return output.to(dtype)
 
 
 def _spread_experts(block: MoEBlock, meshes: Meshes) -> None:
