@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from moesaic.dist.config import ParallelConfig
+from moesaic.dist.embedding import partition_embedding
 from moesaic.dist.exchange import Traffic, ranks_per_node
 from moesaic.dist.exchange.hierarchical import groups_by_node
 from moesaic.dist.expert_parallel import ExpertParallel
@@ -68,6 +69,7 @@ def parallelize(
 
     Raises:
         UnsupportedModel: if its experts are not packed `Experts`.
+        ConfigError: if `config.partition_embedding` does not fit the model.
     """
     blocks = blocks_of(model)
     traffic, node_groups = Traffic(), _node_groups(meshes, config)
@@ -87,12 +89,15 @@ def parallelize(
         if isinstance(module, MoesaicModel):
             module.batch_group = meshes.world.get_group()
     replicated = [parameter for block in blocks for parameter in replicated_of(block)]
-    _shard(model, meshes, set(replicated), param_dtype)
+    elsewhere = set(replicated)
+    if config.partition_embedding:
+        elsewhere.add(partition_embedding(model, meshes))
+    _shard(model, meshes, elsewhere, param_dtype)
     return Sharded(model, meshes, replicated, traffic)
 
 
 def _shard(
-    model: nn.Module, meshes: Meshes, replicated: set[nn.Parameter], param_dtype: torch.dtype | None
+    model: nn.Module, meshes: Meshes, elsewhere: set[nn.Parameter], param_dtype: torch.dtype | None
 ) -> None:
     """FSDP2 over experts, decoder layers and the rest."""
     # Autocast casts what a product takes. Casts of all inputs would also reach weights of picks and the residual stream.
@@ -105,7 +110,7 @@ def _shard(
         place = functools.partial(_expert_dimension, _names(experts), meshes.layout.edp_shard)
         fully_shard(experts, mesh=meshes.expert_data, mp_policy=policy, shard_placement_fn=place)
     for module in (*layers, model):
-        fully_shard(module, mesh=meshes.dense, mp_policy=policy, ignored_params=replicated)
+        fully_shard(module, mesh=meshes.dense, mp_policy=policy, ignored_params=elsewhere)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

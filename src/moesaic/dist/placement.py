@@ -17,7 +17,10 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from moesaic.dist.mesh import Meshes
 from moesaic.layer import Experts, MoEBlock
 
-Kind = Literal["dense", "experts", "replicated"]
+Kind = Literal["dense", "experts", "replicated", "embedding"]
+
+# Of a token embedding that is dealt out, on the mesh of all processes.
+COLUMNS = (Shard(1),)
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Placed:
         name: its name in the model.
         parameter: itself.
         kind: "dense" is sharded over (dp_replicate, dp_shard), "experts" over the sparse mesh, "replicated" is whole
-            everywhere.
+            everywhere, "embedding" has its columns dealt out over all processes.
         experts: the module that owns it, if these are experts.
     """
 
@@ -46,6 +49,8 @@ class Placed:
         """
         if self.kind == "replicated":
             return whole
+        if self.kind == "embedding":
+            return local_part(whole, meshes.world, COLUMNS)
         if self.experts is None:
             return _fsdp_part(whole, 0, meshes.dense.size(1), meshes.dense.get_local_rank(1))
         leaf, axis = self.name.rpartition(".")[2], meshes.expert_data
@@ -66,6 +71,8 @@ def placed_parameters(model: nn.Module) -> Iterator[Placed]:
         replicated.update(replicated_of(block))
     for name, parameter in model.named_parameters():
         kind: Kind = "experts" if parameter in experts else "replicated" if parameter in replicated else "dense"
+        if isinstance(parameter, DTensor) and parameter.placements == COLUMNS:
+            kind = "embedding"
         yield Placed(name, parameter, kind, experts.get(parameter))
 
 
