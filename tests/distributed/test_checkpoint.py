@@ -57,10 +57,9 @@ class Run:
 
     def resume(self, path: Path) -> int:
         for tensor in [*self.module.parameters(), *self.module.buffers()]:
-            if not tensor.dtype.is_floating_point or tensor.ndim:
-                tensor.data.fill_(7)
+            tensor.data.zero_()
         for module in self.module.modules():
-            if hasattr(module, "inv_freq"):
+            if hasattr(module, "inv_freq"):  # not stored
                 module.inv_freq, _ = module.compute_default_rope_parameters(module.config)
         read = load_weights(self.module, path, self.rank)
         load_optimizer(path / "optimizer", self.module, self.optimizer)
