@@ -77,6 +77,10 @@ class CheckpointStore:
         """The newest checkpoint, or None."""
         return (self.all() or [None])[-1]
 
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is or will be."""
+        return self.folder / f"step-{step:08d}"
+
     def save(
         self,
         step: int,
@@ -105,7 +109,7 @@ class CheckpointStore:
                 checkpoints are then intact.
         """
         self.wait()
-        path = self.folder / f"step-{step:08d}"
+        path = self.path(step)
         self._team = team = self._team or Team()
         snapshot = Snapshot(model, optimizer, team, copy=self._in_background)
         scalars = _serialised({"format": _FORMAT, "step": step, **state})

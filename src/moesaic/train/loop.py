@@ -163,6 +163,7 @@ class Trainer:
         self.batches = data.train_batches(shard_index=process.rank, num_shards=process.world)
         self.stop = StopSignals()
         self.step = self.tokens = 0
+        self._saved_step: int | None = None
         self.validation: dict[str, Evaluation] = {}
 
     def fit(self, output_dir: Path, *, progress: bool = True) -> TrainResult:
@@ -170,9 +171,7 @@ class Trainer:
         started, first_tokens = time.perf_counter(), self.tokens
         with self._reporting(output_dir, progress) as (sinks, display), self.stop:
             while self.step < self.config.steps and self._stopped_by() is None:
-                with naming_lost_peers(
-                    self.ranks.process, f"in step {self.step + 1}", self.run.parallel.timeout_seconds
-                ):
+                with self._naming_lost_peers(f"in step {self.step + 1}"):
                     metrics = self.train_step()
                 _write(sinks, metrics.record())
                 display.step(metrics)
@@ -184,9 +183,7 @@ class Trainer:
                     display.note(describe_evaluation(self.step, self.validation))
                 if last or _due(self.step, self.config.checkpoint_every):
                     self.save()
-            self.store.wait()
-            checkpoint = self._checkpoint_of_this_step() or self.save()
-            self.store.wait()
+            checkpoint = self._last_checkpoint()
             stopped_by = self._stopped_by()
             if stopped_by is not None:
                 display.note(f"stopped by a signal after step {self.step}; resume from {checkpoint}")
@@ -262,7 +259,12 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this step."""
-        return self.store.save(self.step, self.model, self.optimizer, self.data.tokenizer, self.run, self.state_dict())
+        with self._naming_lost_peers(f"saving step {self.step}"):
+            path = self.store.save(
+                self.step, self.model, self.optimizer, self.data.tokenizer, self.run, self.state_dict()
+            )
+        self._saved_step = self.step
+        return path
 
     def state_dict(self) -> dict[str, Any]:
         """All but weights and optimiser: counters and data position. Random numbers follow from seed and step."""
@@ -280,6 +282,7 @@ class Trainer:
             DataError: if the data is not what it was.
         """
         self.step, self.tokens = state["step"], state["tokens"]
+        self._saved_step = self.step
         self.validation = {domain: Evaluation(**found) for domain, found in state["validation"].items()}
         self.batches.load_state_dict(state["data"])
 
@@ -289,9 +292,16 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
-    def _checkpoint_of_this_step(self) -> Path | None:
-        latest = self.store.latest()
-        return latest if latest is not None and latest.name == f"step-{self.step:08d}" else None
+    def _last_checkpoint(self) -> Path:
+        """The checkpoint of this step, on disk."""
+        if self._saved_step != self.step:
+            self.save()
+        with self._naming_lost_peers("saving"):
+            self.store.wait()
+        return self.store.path(self.step)
+
+    def _naming_lost_peers(self, where: str) -> contextlib.AbstractContextManager[None]:
+        return naming_lost_peers(self.ranks.process, where, self.run.parallel.timeout_seconds)
 
     def _check_finite(self, quantities: dict[str, float]) -> None:
         for name, value in quantities.items():
