@@ -21,7 +21,7 @@ from moesaic.dist.exchange.hierarchical import groups_by_node
 from moesaic.dist.expert_parallel import ExpertParallel
 from moesaic.dist.mesh import Meshes
 from moesaic.dist.placement import blocks_of, distribute, expert_placements, fsdp_dimension, replicated_of
-from moesaic.errors import UnsupportedModel
+from moesaic.errors import ConfigError, UnsupportedModel
 from moesaic.hf import MoesaicModel
 from moesaic.hf.backbone import decoder_layers
 from moesaic.layer import Experts, MoEBlock
@@ -69,7 +69,7 @@ def parallelize(
 
     Raises:
         UnsupportedModel: if its experts are not packed `Experts`.
-        ConfigError: if `config.partition_embedding` does not fit the model.
+        ConfigError: if a layer does not fit the layout or the exchange, or the model `config.partition_embedding`.
     """
     blocks = blocks_of(model)
     traffic, node_groups = Traffic(), _node_groups(meshes, config)
@@ -157,6 +157,13 @@ def _spread_experts(block: MoEBlock, meshes: Meshes) -> None:
         raise UnsupportedModel(
             f"layer {block.layer} has experts of class {type(experts).__name__}, which can't be spread over processes; "
             "only packed experts can: train with one process"
+        )
+    if experts.has_bias and experts.hidden_dim % meshes.layout.esp:
+        raise ConfigError(
+            "parallel.esp",
+            meshes.layout.esp,
+            f"does not divide the hidden size ({experts.hidden_dim}), over which the experts' bias is split",
+            "choose a divisor of it",
         )
     for name, parameter in list(experts.named_parameters(recurse=False)):
         experts.register_parameter(name, distribute(parameter, meshes.experts, expert_placements(experts, name)))
