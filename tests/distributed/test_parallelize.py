@@ -11,7 +11,7 @@ from tests.distributed.models import batches, model, spec
 from tests.distributed.spawn import run_ranks
 from torch import Tensor, nn
 
-from moesaic.dist import Layout, Meshes, ParallelConfig, clip_grad_norm, parallelize, sync_replicated
+from moesaic.dist import Layout, Meshes, ParallelConfig, Sharded, clip_grad_norm, parallelize, sync_replicated
 from moesaic.train.optimizer import parameter_groups
 
 STEPS, CLIP = 20, 0.05
@@ -27,7 +27,10 @@ def loss_of(module: Any, ids_BS: Tensor, tokens: int) -> Tensor:
 
 def alone(moe: dict[str, Any], accumulation: int) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step in one process."""
-    module = model(spec(**moe))
+    return steps_alone(model(spec(**moe)), accumulation)
+
+
+def steps_alone(module: Any, accumulation: int = 1) -> list[tuple[float, float]]:
     optimizer, found = optimizer_of(module), []
     module.set_training_progress(0.0)
     for ids_BS in batches(STEPS):
@@ -53,7 +56,11 @@ def together(
     if checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     meshes = Meshes.of(Layout.of(config, dist.get_world_size(), spec(**moe)), "cpu")
-    sharded = parallelize(module, meshes, config)
+    return steps_together(parallelize(module, meshes, config), accumulation)
+
+
+def steps_together(sharded: Sharded, accumulation: int = 1) -> list[tuple[float, float]]:
+    module: Any = sharded.model
     optimizer, found = optimizer_of(module), []
     module.set_training_progress(0.0)
     for ids_BS in batches(STEPS):

@@ -37,7 +37,10 @@ def numbers(path: Path) -> list[dict[str, Any]]:
     return [{name: record[name] for name in names if name in record} for record in read_metrics(path)]
 
 
-@pytest.mark.parametrize(("world", "parallel"), [(2, {"ep": 2}), (4, {"dp_replicate": 2, "ep": 2}), (4, {"ep": 4})])
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [(2, {"ep": 2}), (4, {"dp_replicate": 2, "ep": 2, "partition_embedding": True}), (4, {"ep": 4})],
+)
 def test_losses_equal_one_process(corpus: Path, tmp_path: Path, world: int, parallel: dict[str, Any]) -> None:
     alone = trained(run_of(corpus), tmp_path / "alone", corpus / "cache")
     together = run_ranks(world, trained, run_of(corpus, parallel), tmp_path / "together", corpus / "cache")

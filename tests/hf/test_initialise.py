@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -83,6 +84,16 @@ def test_stock_models(values: dict[str, Any], dtype: torch.dtype) -> None:
 def test_every_dense_family(family: str) -> None:
     assert_equal_weights(lambda: AutoModelForCausalLM.from_config(backbone_config(family), dtype=torch.float32))
     assert_equal_weights(lambda: moesaic.build(backbone_config(family), tiny_spec(family)))
+
+
+def test_buffers_alone() -> None:
+    build = functools.partial(moe, router=ROUTERS["hash_balanced"].values | {"vocabulary_size": 61}, balance=[])
+    found: dict[str, Tensor] = {}
+    InitialWeights(build).buffers(lambda name, tensor: found.update({name: tensor.clone()}))
+    expected = dict(build().named_buffers())
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def test_cast_afterwards() -> None:

@@ -23,7 +23,7 @@ def build_sharded(
     config: ParallelConfig,
     *,
     device: torch.device,
-    seed: int,
+    seed: int | None,
     param_dtype: torch.dtype | None = None,
 ) -> Sharded:
     """The model of `build`, spread over processes, with the weights that one process would give it after `seed`.
@@ -37,11 +37,13 @@ def build_sharded(
         meshes: of the layout.
         config: the `parallel` section.
         device: of this process.
-        seed: torch's generator then is as it would be after `build()`.
+        seed: torch's generator then is as it would be after `build()`. None for parameters that someone fills: they get
+            memory, and buffers their values.
         param_dtype: as for `parallelize`.
 
     Raises:
         UnsupportedModel: if its experts can't be spread, or its weights not be drawn one module at a time.
+        ConfigError: as for `parallelize`.
     """
     with torch.device("meta"):
         model = build()
@@ -49,8 +51,12 @@ def build_sharded(
     allocate(sharded.model, device)
     # Storage came with new parameters.
     sharded.replicated = [parameter for block in blocks_of(sharded.model) for parameter in replicated_of(block)]
-    torch.manual_seed(seed)
-    InitialWeights(build).replay(_Fill(sharded))
+    weights, fill = InitialWeights(build), _Fill(sharded)
+    if seed is None:
+        weights.buffers(fill)
+    else:
+        torch.manual_seed(seed)
+        weights.replay(fill)
     return sharded
 
 

@@ -92,8 +92,27 @@ class InitialWeights:
         dtypes = {name: tensor.dtype for name, tensor in tensors}
         self._script.append(_Initialise(model, torch.get_default_dtype(), dtypes))
 
+    def buffers(self, deliver: Deliver) -> None:
+        """Initial values of the buffers alone, of which a checkpoint holds some only; parameters are not drawn.
+
+        Args:
+            deliver: as for `replay`.
+        """
+        names = {name for name, _ in self.model.named_buffers()}
+
+        def deliver_buffer(name: str, tensor: Tensor) -> None:
+            if name in names:
+                deliver(name, tensor)
+
+        with_buffers = {module for module in self.model.modules() if _own(module._buffers)}
+        for act in self._script:
+            if isinstance(act, _Initialise):
+                self._initialise(act, deliver_buffer, with_buffers)
+
     def replay(self, deliver: Deliver) -> None:
         """Draw all weights, from the state of torch's generator of the CPU on, which is then as after `build()`.
+
+        A model's weights are drawn once: a second time, or after `buffers`, takes another object.
 
         Args:
             deliver: gets the name of each parameter and buffer, and the whole tensor on the CPU, which it must not keep.
@@ -124,12 +143,17 @@ class InitialWeights:
                 "constructor made it; train with one process"
             )
 
-    def _initialise(self, act: _Initialise, deliver: Deliver) -> None:
+    def _initialise(self, act: _Initialise, deliver: Deliver, only: set[nn.Module] | None = None) -> None:
         for name, dtype in act.dtypes.items():
             path, _, leaf = name.rpartition(".")
             self._dtypes.setdefault(act.model.get_submodule(path), {})[leaf] = dtype
+
+        def around(method: Callable[[nn.Module], None], module: nn.Module) -> None:
+            if only is None or module in only:
+                self._initialise_module(method, module, deliver)
+
         undo = [
-            wrap_method(model, "_init_weights", lambda method, module: self._initialise_module(method, module, deliver))
+            wrap_method(model, "_init_weights", around)
             for model in act.model.modules()
             if isinstance(model, PreTrainedModel)
         ]

@@ -22,17 +22,17 @@ from moesaic.hf import MoesaicForCausalLM
 from moesaic.layer import post_step
 from moesaic.train.checkpoint import RUN_FILE, CheckpointStore, check_same_run, load_optimizer_state, load_state
 from moesaic.train.evaluate import Evaluation, evaluate
-from moesaic.train.load import load_model
 from moesaic.train.metrics import MetricsFile, MetricsSink, StepMetrics, TensorBoardSink, evaluation_record
-from moesaic.train.model import build_model, check_architecture, prepare_for_training, select_device
+from moesaic.train.model import check_architecture, select_device
 from moesaic.train.objective import Objective, language_model_objective, model_inputs, predicted_tokens
 from moesaic.train.optimizer import build_optimizer, set_learning_rate
 from moesaic.train.progress import NoProgress, ProgressDisplay, describe_evaluation, progress_display
-from moesaic.train.ranks import OneProcess, Ranks, check_parallel, spread
-from moesaic.train.rng import seed_all, seed_step
+from moesaic.train.ranks import OneProcess, Ranks, check_parallel
+from moesaic.train.rng import seed_step
 from moesaic.train.routing_load import RoutingLoad, load_metrics
 from moesaic.train.run import RunConfig
 from moesaic.train.signals import StopSignals
+from moesaic.train.start import start_model
 
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -118,10 +118,7 @@ def train(
         _check_same_folder(meeting.of_first(checkpoint), checkpoint, process)
         if data is None:
             data = _prepare(run, Path(cache_dir or output_dir / "data"), process, meeting, progress)
-        seed_all(run.train.seed)
-        model = build_model(run, data.tokenizer) if checkpoint is None else load_model(checkpoint)
-        prepare_for_training(model, run.train, device)
-        ranks = spread(model, run.parallel, process, layout)
+        model, ranks = start_model(run, data.tokenizer, checkpoint, process, layout, device)
         trainer = Trainer(run, model, data, store, ranks)
         if checkpoint is not None:
             trainer.load_state_dict(load_state(checkpoint))

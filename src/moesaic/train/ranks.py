@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
-from moesaic.dist import Layout, Meshes, ParallelConfig, Sharded, clip_grad_norm, parallelize, sync_replicated
+from moesaic.dist import Layout, Sharded, clip_grad_norm, sync_replicated
 from moesaic.dist.process import Process
 from moesaic.errors import ConfigError
 from moesaic.hf import MoesaicConfig
@@ -204,21 +204,6 @@ def _spec_of(run: RunConfig) -> MoESpec | None:
     check_local_path(run.initial_model)
     config = AutoConfig.from_pretrained(run.initial_model)
     return config.spec if isinstance(config, MoesaicConfig) else None
-
-
-def spread(model: PreTrainedModel, config: ParallelConfig, process: Process, layout: Layout | None) -> Ranks:
-    """Spread a whole model over the processes, in place; one alone keeps it as it is.
-
-    Args:
-        model: on its device, equal on all processes.
-        config: the `parallel` section.
-        process: this one.
-        layout: what `check_parallel` returned.
-    """
-    if layout is None:
-        return OneProcess(model)
-    sharded = parallelize(model, Meshes.of(layout, model.device.type), config)
-    return ManyProcesses(process, sharded, model.device)
 
 
 def rank_violation(load_N: Tensor, ranks: int) -> float:
