@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import sys
+import time
 from typing import Annotated
 
 import torch
@@ -17,6 +18,8 @@ from transformers.utils import logging as transformers_logging
 import moesaic
 from moesaic.cli import bench, convert, demo, evaluate, export, generate, inspect, plan, reproduce, train, upcycle
 from moesaic.cli.console import errors
+from moesaic.dist.launch import WorkerFailed, record_failure, seconds_to_wait
+from moesaic.dist.process import LostPeer, Process
 from moesaic.errors import MoesaicError
 
 _REMEDIES = {
@@ -64,9 +67,11 @@ def options(
 ) -> None:
     """Build, train, look at and use Mixture-of-Experts language models."""
     level = logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING
-    logging.basicConfig(
-        level=level, format="%(message)s", handlers=[RichHandler(console=errors, show_path=debug)], force=True
-    )
+    process, text = Process.of_environment(), "%(message)s"
+    if not process.is_first and not debug:
+        # What all processes say, the first says for them.
+        level, text = logging.WARNING if verbose else logging.ERROR, f"rank {process.rank}: {text}"
+    logging.basicConfig(level=level, format=text, handlers=[RichHandler(console=errors, show_path=debug)], force=True)
     if not debug:
         transformers_logging.set_verbosity_error()
         hub_logging.set_verbosity_error()
@@ -76,7 +81,7 @@ def options(
 def main() -> None:
     """Entry point: runs a command and exits with its code.
 
-    A `MoesaicError`, a file system error or wrong usage ends with one message and code 2, anything unforeseen with one
+    With several processes one of them prints the message, which then names its rank. A `MoesaicError`, a file system error or wrong usage ends with one message and code 2, anything unforeseen with one
     message and code 1; the traceback is only shown with --debug.
     """
     debug = "--debug" in sys.argv
@@ -84,14 +89,38 @@ def main() -> None:
         sys.argv = [sys.argv[0], "--debug", *(argument for argument in sys.argv[1:] if argument != "--debug")]
     try:
         app()
+    except WorkerFailed as error:
+        if error.message is not None:
+            _print_error(error.message)
+        sys.exit(error.exit_code)
     except Exception as error:
+        _wait_for_the_cause(error)
         if debug:
             raise
-        errors.print(f"[bold red]error:[/] {escape(_message(error))}", highlight=False, soft_wrap=True)
+        _print_error(_message(error))
         sys.exit(2 if isinstance(error, MoesaicError | OSError) else 1)
 
 
+def _wait_for_the_cause(error: Exception) -> None:
+    """Among several processes, give the one that knows the cause the time to say it."""
+    process = Process.of_environment()
+    if process.distributed:
+        record_failure(error)
+        time.sleep(seconds_to_wait(process, lost_peer=isinstance(error, LostPeer)))
+
+
+def _print_error(message: str) -> None:
+    errors.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+
+
 def _message(error: Exception) -> str:
+    process = Process.of_environment()
+    if process.distributed and not isinstance(error, LostPeer):
+        return f"rank {process.rank}: {_message_of(error)}"
+    return _message_of(error)
+
+
+def _message_of(error: Exception) -> str:
     if isinstance(error, MoesaicError):
         return str(error)
     if isinstance(error, OSError):

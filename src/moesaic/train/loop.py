@@ -126,7 +126,9 @@ def train(
         if process.is_first:
             write_text(output_dir / RUN_FILE, run.to_yaml())
         meeting.wait()
-        return trainer.fit(output_dir, progress=progress)
+        result = trainer.fit(output_dir, progress=progress)
+        meeting.wait()  # a launcher ends the others when one ends with a signal's exit code
+        return result
 
 
 class Trainer:
