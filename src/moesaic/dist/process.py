@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 _PATIENT = timedelta(days=30)
 # gloo raises plain RuntimeErrors, which only their text tells from others.
 _LOST_PEER = re.compile(r"gloo|connection (closed|reset|refused)|timed out|NCCL|remote process|broken pipe", re.IGNORECASE)
+# Where in torch's or gloo's sources an error was found.
+_PLACE = re.compile(r"\[[^\]]*\.cc:\d+\] *")
+# Processes start at different times: imports from a busy network file system take minutes.
+_CONNECT_SECONDS = 900.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -94,7 +98,7 @@ class Process:
 
 
 @contextlib.contextmanager
-def process_group(process: Process, device: torch.device, timeout_seconds: float) -> Iterator[None]:
+def process_group(process: Process, device: torch.device) -> Iterator[None]:
     """Connect the processes while entered; does nothing for one alone, or if torch.distributed has been started already.
 
     After an error the group is left as it is: ending it would wait for processes that are gone, or that wait for this one.
@@ -102,10 +106,9 @@ def process_group(process: Process, device: torch.device, timeout_seconds: float
     Args:
         process: this one.
         device: what it computes on: gloo connects CPUs, and NCCL beside it GPUs.
-        timeout_seconds: how long a collective may take.
 
     Raises:
-        TrainingError: if the others can't be reached in time.
+        LostPeer: if the others can't be reached.
     """
     if not process.distributed or dist.is_initialized():
         yield
@@ -114,17 +117,21 @@ def process_group(process: Process, device: torch.device, timeout_seconds: float
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    with naming_lost_peers(process, "while connecting", timeout_seconds):
-        dist.init_process_group(
-            backend, rank=process.rank, world_size=process.world, timeout=timedelta(seconds=timeout_seconds)
-        )
+    limit = timedelta(seconds=_CONNECT_SECONDS)
+    with naming_lost_peers(process, lambda: "while connecting", f"{_CONNECT_SECONDS:g} s"):
+        dist.init_process_group(backend, rank=process.rank, world_size=process.world, timeout=limit)
     yield
     dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def naming_lost_peers(process: Process, where: str, timeout_seconds: float) -> Iterator[None]:
+def naming_lost_peers(process: Process, when: Callable[[], str], limit: str) -> Iterator[None]:
     """Turn the errors of collectives that another process did not take part in into one that a user can act on.
+
+    Args:
+        process: this one.
+        when: it happened, asked for then.
+        limit: how long a collective may take, and which field says so.
 
     Raises:
         LostPeer: in their place.
@@ -132,12 +139,12 @@ def naming_lost_peers(process: Process, where: str, timeout_seconds: float) -> I
     try:
         yield
     except RuntimeError as error:
-        text = " ".join(str(error).split())
+        text = _PLACE.sub("", " ".join(str(error).split()))
         if not process.distributed or not (isinstance(error, dist.DistError) or _LOST_PEER.search(text)):
             raise
         raise LostPeer(
-            f"rank {process.rank} {where}: another process ended, hangs or can't be reached (no answer within "
-            f"parallel.timeout_seconds = {timeout_seconds:g} s, or its connection closed): {text:.300}"
+            f"rank {process.rank}, {when()}: another process has ended, hangs or can't be reached (no answer within "
+            f"{limit}, or its connection closed): {text:.200}"
         ) from error
 
 
@@ -159,6 +166,13 @@ class Meeting:
         """Return once all processes are here."""
         if self._group is not None:
             dist.all_reduce(torch.zeros(1), group=self._group)
+
+    def limit_collectives(self, seconds: float) -> None:
+        """Let collectives of all groups but this one fail after so many seconds, once preparations are over."""
+        if self._group is not None:
+            for group in dist.distributed_c10d._world.pg_map:
+                if group is not self._group:
+                    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     def of_first(self, value: Any) -> Any:
         """`value` of rank 0, which must be picklable."""

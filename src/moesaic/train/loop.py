@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moesaic.data import PreparedData, prepare_data
-from moesaic.dist.process import Meeting, Process, naming_lost_peers, process_group, share_cores
+from moesaic.dist.process import LostPeer, Meeting, Process, naming_lost_peers, process_group, share_cores
 from moesaic.errors import DataError, TrainingError
 from moesaic.files import write_text
 from moesaic.hf import MoesaicForCausalLM
@@ -113,7 +113,7 @@ def train(
     layout = check_parallel(run, process)
     check_architecture(run)
     share_cores(process)
-    with process_group(process, device, run.parallel.timeout_seconds):
+    with process_group(process, device):
         meeting = Meeting(process)
         _check_same_folder(meeting.of_first(checkpoint), checkpoint, process)
         if data is None:
@@ -126,6 +126,7 @@ def train(
         if process.is_first:
             write_text(output_dir / RUN_FILE, run.to_yaml())
         meeting.wait()
+        meeting.limit_collectives(run.parallel.timeout_seconds)
         result = trainer.fit(output_dir, progress=progress)
         meeting.wait()  # a launcher ends the others when one ends with a signal's exit code
         return result
@@ -168,10 +169,9 @@ class Trainer:
     def fit(self, output_dir: Path, *, progress: bool = True) -> TrainResult:
         """Train to the last step or to a signal, with a checkpoint at the end; see `train`."""
         started, first_tokens = time.perf_counter(), self.tokens
-        with self._reporting(output_dir, progress) as (sinks, display), self.stop:
+        with self._reporting(output_dir, progress) as (sinks, display), self.stop, self._lost_peers():
             while self.step < self.config.steps and self._stopped_by() is None:
-                with self._naming_lost_peers(f"in step {self.step + 1}"):
-                    metrics = self.train_step()
+                metrics = self.train_step()
                 _write(sinks, metrics.record())
                 display.step(metrics)
                 last = self.step == self.config.steps
@@ -258,10 +258,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this step."""
-        with self._naming_lost_peers(f"saving step {self.step}"):
-            path = self.store.save(
-                self.step, self.model, self.optimizer, self.data.tokenizer, self.run, self.state_dict()
-            )
+        path = self.store.save(self.step, self.model, self.optimizer, self.data.tokenizer, self.run, self.state_dict())
         self._saved_step = self.step
         return path
 
@@ -288,6 +285,17 @@ class Trainer:
     def _stopped_by(self) -> int | None:
         return self.ranks.agreed_signal(self.stop.received)
 
+    @contextlib.contextmanager
+    def _lost_peers(self) -> Iterator[None]:
+        """Say of collectives that fail when it was; a signal that came too ends the process at once then."""
+        limit = f"parallel.timeout_seconds = {self.run.parallel.timeout_seconds:g}"
+        try:
+            with naming_lost_peers(self.ranks.process, lambda: f"after step {self.step}", limit):
+                yield
+        except LostPeer:
+            self.stop.act()
+            raise
+
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
@@ -295,12 +303,8 @@ class Trainer:
         """The checkpoint of this step, on disk."""
         if self._saved_step != self.step:
             self.save()
-        with self._naming_lost_peers("saving"):
-            self.store.wait()
+        self.store.wait()
         return self.store.path(self.step)
-
-    def _naming_lost_peers(self, where: str) -> contextlib.AbstractContextManager[None]:
-        return naming_lost_peers(self.ranks.process, where, self.run.parallel.timeout_seconds)
 
     def _check_finite(self, quantities: dict[str, float]) -> None:
         for name, value in quantities.items():

@@ -33,12 +33,18 @@ class StopSignals:
     ) -> None:
         self._restore()
 
+    def act(self) -> None:
+        """Let a signal that was noted do what it would have done; nothing if there was none."""
+        if self.received is not None:
+            self._restore()
+            signal.raise_signal(self.received)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = number
         else:
-            self._restore()
-            signal.raise_signal(number)
+            self.received = number
+            self.act()
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
