@@ -101,15 +101,18 @@ def expert_placements(experts: Experts, name: str) -> tuple[Placement, Placement
 def fsdp_dimension(name: str, parameter: Tensor, shards: int) -> int:
     """Dimension over which FSDP shards a local expert parameter: whole experts where they go round, else the width D.
 
+    Where neither goes round it is whole experts after all: FSDP takes uneven parts of the first dimension only.
+
     Args:
         name: of the packed parameter.
         parameter: on (ep, esp).
         shards: processes to share it.
     """
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    if local.shape[0] % shards == 0 or parameter.ndim < 3:
+    width = 1 if name.startswith("down_proj") else 2
+    if local.shape[0] % shards == 0 or parameter.ndim < 3 or local.shape[width] % shards:
         return 0
-    return 1 if name.startswith("down_proj") else 2
+    return width
 
 
 def _fsdp_part(tensor: Tensor, dimension: int, shards: int, shard: int) -> Tensor:

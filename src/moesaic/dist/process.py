@@ -9,6 +9,8 @@ import os
 import re
 import signal
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +18,8 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from moesaic.errors import ConfigError, TrainingError
 
@@ -30,6 +34,7 @@ _LOST_PEER = re.compile(r"gloo|connection (closed|reset|refused)|timed out|NCCL|
 _PLACE = re.compile(r"\[[^\]]*\.cc:\d+\] *")
 # Processes start at different times: imports from a busy network file system take minutes.
 _CONNECT_SECONDS = 900.0
+_POLL_SECONDS = 0.02
 _PR_SET_PDEATHSIG = 1
 
 
@@ -119,7 +124,10 @@ def process_group(process: Process, device: torch.device) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     limit = timedelta(seconds=_CONNECT_SECONDS)
     with naming_lost_peers(process, lambda: "while connecting", f"{_CONNECT_SECONDS:g} s"):
-        dist.init_process_group(backend, rank=process.rank, world_size=process.world, timeout=limit)
+        store = _own_part(_store_of_job(process, limit), process)
+        dist.init_process_group(
+            backend, store=store, rank=process.rank, world_size=process.world, timeout=limit
+        )
     yield
     dist.destroy_process_group()
 
@@ -146,6 +154,53 @@ def naming_lost_peers(process: Process, when: Callable[[], str], limit: str) -> 
             f"rank {process.rank}, {when()}: another process has ended, hangs or can't be reached (no answer within "
             f"{limit}, or its connection closed): {text:.200}"
         ) from error
+
+
+def _store_of_job(process: Process, limit: timedelta) -> Store:
+    """The key-value store that the launcher's variables name."""
+    store, _, _ = next(rendezvous("env://", process.rank, process.world, timeout=limit))
+    return store
+
+
+def _own_part(store: Store, process: Process) -> Store:
+    return PrefixStore(_generation(process, store), store)
+
+
+def _generation(process: Process, store: Store, limit_seconds: float = _CONNECT_SECONDS) -> str:
+    """A name that only the processes which are starting now know, agreed on over the store of the job.
+
+    The launcher keeps its store when it restarts processes. What ended ones left there, their addresses among it, must
+    not be taken for that of new ones. So rank 0 answers the others until each has got an answer to its own question.
+    """
+    deadline = time.monotonic() + limit_seconds
+    if process.rank:
+        question = uuid.uuid4().hex
+        store.set(f"question/{process.rank}", question)
+        while True:
+            asked, _, generation = _read(store, f"answer/{process.rank}").partition(" ")
+            if asked == question:
+                store.set(f"heard/{process.rank}", generation)
+                return generation
+            _wait_until(deadline, process, [0])
+    generation = uuid.uuid4().hex
+    waiting = set(range(1, process.world))
+    while waiting:
+        for rank in sorted(waiting):
+            store.set(f"answer/{rank}", f"{_read(store, f'question/{rank}')} {generation}")
+        waiting = {rank for rank in waiting if _read(store, f"heard/{rank}") != generation}
+        if waiting:
+            _wait_until(deadline, process, sorted(waiting))
+    return generation
+
+
+def _read(store: Store, key: str) -> str:
+    return store.get(key).decode() if store.check([key]) else ""
+
+
+def _wait_until(deadline: float, process: Process, missing: list[int]) -> None:
+    if time.monotonic() > deadline:
+        raise LostPeer(f"rank {process.rank}: ranks {missing} did not start within {_CONNECT_SECONDS:g} s")
+    time.sleep(_POLL_SECONDS)
 
 
 class LostPeer(TrainingError):
