@@ -66,7 +66,7 @@ def check_sums(pairs: Pairs, expected: list[tuple[int, int]], tokens: int) -> No
     for row, (_, token) in enumerate(expected):
         sums[token] = sums[token] + rows_SX[row].float()
     total = torch.stack(sums).bfloat16() if tokens else rows_SX.new_zeros(0, 1)
-    assert pairs.collect(with_zero(rows_SX)).equal(total)
+    assert pairs.collect(with_zero(rows_SX)).bfloat16().equal(total)
 
 
 def test_more_than_the_capacity_is_an_error() -> None:

@@ -138,6 +138,22 @@ def test_only_pairs_of_token_and_rank_travel() -> None:
         assert total == forward + own * row + others * (row + weights)
 
 
+def sent_under_autocast(case: Case) -> tuple[int, int]:
+    with torch.autocast("cpu", torch.bfloat16):
+        return sent_by(case)
+
+
+def test_rows_travel_in_the_dtype_of_autocast() -> None:
+    """Half the bytes of a row, there and back, and of their gradients."""
+    case = Case((7, 5), "some nothing", dtype=torch.float32)
+    for full, half in zip(run_ranks(2, sent_by, case), run_ranks(2, sent_under_autocast, case), strict=True):
+        # What each of them sends besides: the count, and picks with their weights.
+        saved = full[0] - half[0]
+        assert saved > 0
+        assert saved % (2 * D) == 0
+        assert full[1] - half[1] == 2 * saved
+
+
 def test_padding_bounds_what_travels() -> None:
     """Even blocks of min(T, N / P * slots) rows, whatever the picks; ranks agree on that number when it changes."""
     block = 4 * 1

@@ -110,8 +110,8 @@ class ExpertParallel:
             index_TK, weight_TK = self._widened(index_TK, weight_TK)
         carriers = self._carriers(index_TK, slots)
         # 0 is no expert, which is also what stands in rows that no token fills.
-        outbound = depart(carriers[0], x_TD, index_TK - self.num_experts, weight_TK)
-        return _Journey(carriers, outbound, self.num_experts, self._ep.rank() * self.num_local, self.num_local)
+        outbound = depart(carriers[0], x_TD, index_TK - self.num_experts, weight_TK, _travel_dtype(x_TD))
+        return _Journey(carriers, outbound, x_TD.dtype, self.num_experts, self._ep.rank() * self.num_local, self.num_local)
 
     def _widened(self, index_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Picks of no expert added up to the largest K of all ranks."""
@@ -179,6 +179,7 @@ class _Journey:
     Attributes:
         carriers: the stages in the order of the way out.
         outbound: the first one, which has started.
+        dtype: of the tokens.
         num_experts: N over all ranks.
         first: the first expert of this rank.
         num_local: how many it has.
@@ -186,6 +187,7 @@ class _Journey:
 
     carriers: Sequence[Carrier]
     outbound: Outbound
+    dtype: torch.dtype
     num_experts: int
     first: int
     num_local: int
@@ -201,9 +203,18 @@ class _Journey:
 
     @_eager
     def combine(self, rows_RD: Tensor) -> Tensor:
-        for carrier in reversed(self.carriers):
-            rows_RD = bring_back(carrier, rows_RD)
-        return rows_RD
+        *others, last = reversed(self.carriers)
+        for carrier in others:
+            rows_RD = bring_back(carrier, rows_RD, rows_RD.dtype)
+        return bring_back(last, rows_RD, self.dtype)
+
+
+def _travel_dtype(x_TD: Tensor) -> torch.dtype:
+    """Under autocast the dtype that experts would cast tokens to anyway; like torch's linear it leaves float64 alone."""
+    device = x_TD.device.type
+    if torch.is_autocast_enabled(device) and x_TD.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x_TD.dtype
 
 
 def _check_node_groups(ep: dist.ProcessGroup, node: dist.ProcessGroup, local: dist.ProcessGroup) -> None:

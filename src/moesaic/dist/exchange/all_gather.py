@@ -41,4 +41,4 @@ class Everywhere:
         total_TX = first_TX.to(sum_dtype(rows_SX), copy=True)
         for other_TX in others:
             total_TX += other_TX
-        return total_TX.to(rows_SX.dtype)
+        return total_TX

@@ -68,7 +68,7 @@ class Pairs:
             total_TX = total_TX.to(sum_dtype(rows_SX))
             for pick in range(1, self.place_TM.shape[1]):
                 total_TX += rows_SX.index_select(0, self.place_TM[:, pick])
-        return total_TX.to(rows_SX.dtype)
+        return total_TX
 
 
 @dataclass(frozen=True)

@@ -24,16 +24,18 @@ class Carrier(Protocol):
         ...
 
     def back(self, rows_RX: Tensor) -> Pending:
-        """Start to send rows back; tokens_TX arrive, each the sum of its rows, in the rows' dtype."""
+        """Start to send rows back; tokens_TX arrive, each the sum of its rows, not rounded to the rows' dtype."""
         ...
 
 
 @dataclass
 class _Way:
-    """One way of a trip: the carrier, which way it is, and what is under way now."""
+    """One way of a trip: the carrier, which way it is, in which dtypes rows travel and arrive, and what is under way now."""
 
     carrier: Carrier
     outward: bool
+    travel_dtype: torch.dtype
+    arrival_dtype: torch.dtype
     under_way: list[Pending] = field(default_factory=list)
     coming_back: list[Pending | None] = field(default_factory=list)
     weight_dtype: torch.dtype | None = None
@@ -55,15 +57,26 @@ class Outbound:
         return _Land.apply(self.edge, self.way)
 
 
-def depart(carrier: Carrier, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Outbound:
-    """Start to send tokens with their picks; an index of 0 arrives where no token does."""
-    way = _Way(carrier, outward=True, weight_dtype=weight_TK.dtype)
+def depart(
+    carrier: Carrier, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, dtype: torch.dtype | None = None
+) -> Outbound:
+    """Start to send tokens with their picks; an index of 0 arrives where no token does.
+
+    Args:
+        carrier: how they travel.
+        x_TD: hidden states.
+        index_TK: picks, 0 for none.
+        weight_TK: combine weights.
+        dtype: in which hidden states travel and arrive; gradients are summed before they leave it. Their own if None.
+    """
+    dtype = dtype or x_TD.dtype
+    way = _Way(carrier, True, travel_dtype=dtype, arrival_dtype=dtype, weight_dtype=weight_TK.dtype)
     return Outbound(way, _Depart.apply(way, index_TK, x_TD, weight_TK))
 
 
-def bring_back(carrier: Carrier, rows_RD: Tensor) -> Tensor:
-    """y_TD, the sum of the rows of each token that departed."""
-    way = _Way(carrier, outward=False)
+def bring_back(carrier: Carrier, rows_RD: Tensor, dtype: torch.dtype) -> Tensor:
+    """y_TD of a dtype, the sum of the rows of each token that departed."""
+    way = _Way(carrier, False, travel_dtype=rows_RD.dtype, arrival_dtype=dtype)
     (y_TD,) = _Land.apply(_Depart.apply(way, None, rows_RD), way)
     return y_TD
 
@@ -73,11 +86,12 @@ class _Depart(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, way: _Way, index_TK: Tensor | None, *values: Tensor) -> Tensor:
-        payload = list(values)
+        payload = [values[0].to(way.travel_dtype), *values[1:]]
         if index_TK is not None:
             payload[-1] = _packed(index_TK, values[-1])
         way.under_way = [way.start(value, forward=True) for value in payload]
         ctx.way = way
+        ctx.dtypes = [value.dtype for value in values]
         way.wanted = ctx.needs_input_grad[2:]
         return values[0].new_empty(0)
 
@@ -85,7 +99,8 @@ class _Depart(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         pending, ctx.way.coming_back = ctx.way.coming_back, []
-        return None, None, *[None if value is None else value.wait() for value in pending]
+        grads = zip(pending, ctx.dtypes, strict=True)
+        return None, None, *[None if value is None else value.wait().to(dtype) for value, dtype in grads]
 
 
 class _Land(torch.autograd.Function):
@@ -97,7 +112,7 @@ class _Land(torch.autograd.Function):
         arrived = [pending.wait() for pending in way.under_way]
         way.under_way = []
         if way.weight_dtype is None:
-            return tuple(arrived)
+            return (arrived[0].to(way.arrival_dtype),)
         rows_RD, picks_R2K = arrived
         index_RK, weight_RK = _unpacked(picks_R2K, way.weight_dtype)
         constant = [value for value, wanted in zip((rows_RD, weight_RK), way.wanted, strict=True) if not wanted]
@@ -108,7 +123,7 @@ class _Land(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         way = ctx.way
-        values = grads if way.weight_dtype is None else (grads[0], grads[2])
+        values = [grads[0].to(way.travel_dtype), *grads[2:]]
         way.coming_back = [
             way.start(grad, forward=False) if wanted else None for grad, wanted in zip(values, way.wanted, strict=True)
         ]
