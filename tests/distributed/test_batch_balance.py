@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.distributed.models import model, spec
 from tests.distributed.spawn import run_ranks
-from tests.distributed.test_parallelize import alone, together
+from tests.distributed.test_parallelize import steps_alone, steps_together
 from tests.layer.test_balance import BATCH_LOSSES, context_of, route
 from torch import Tensor
+
+from moesaic.dist import Layout, Meshes, ParallelConfig, parallelize
 
 SEQUENCES, LENGTH, N, K = 4, 6, 6, 2
 
@@ -74,11 +77,24 @@ BALANCE = [
 ]
 
 
+def checkpointed(reentrant: bool | None) -> Any:
+    module = model(spec(balance=BALANCE))
+    if reentrant is not None:
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    return module
+
+
+def steps_on_rank(parallel: dict[str, Any], reentrant: bool | None) -> list[tuple[float, float]]:
+    config = ParallelConfig.from_dict(parallel)
+    meshes = Meshes.of(Layout.of(config, dist.get_world_size(), spec()), "cpu")
+    return steps_together(parallelize(checkpointed(reentrant), meshes, config))
+
+
 @pytest.mark.parametrize(
-    ("world", "parallel", "checkpointing"), [(2, {"ep": 2}, True), (4, {"dp_replicate": 2, "ep": 2}, False)]
+    ("world", "parallel", "reentrant"),
+    [(2, {"ep": 2}, False), (2, {"ep": 2}, True), (4, {"dp_replicate": 2, "ep": 2}, None)],
 )
-def test_twenty_steps_equal_one_process(world: int, parallel: dict[str, Any], checkpointing: bool) -> None:
-    moe = {"balance": BALANCE}
-    expected = torch.tensor(alone(moe, 1))
-    for found in run_ranks(world, together, moe, 1, parallel, checkpointing):
+def test_twenty_steps_equal_one_process(world: int, parallel: dict[str, Any], reentrant: bool | None) -> None:
+    expected = torch.tensor(steps_alone(checkpointed(None)))
+    for found in run_ranks(world, steps_on_rank, parallel, reentrant):
         torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)

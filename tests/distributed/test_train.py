@@ -51,3 +51,16 @@ def test_losses_equal_one_process(corpus: Path, tmp_path: Path, world: int, para
             assert found.loss == pytest.approx(alone.validation[domain].loss, abs=1e-5)
     for found, expected in zip(numbers(together[0].metrics_file), numbers(alone.metrics_file), strict=True):
         assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_bfloat16_is_near_one_process(corpus: Path, tmp_path: Path) -> None:
+    """Within a tenth of the step of bfloat16 at these losses; tests/distributed/test_precision.py looks closer."""
+    settings: dict[str, Any] = {"precision": "bf16", "steps": 5, "eval_every": None}
+    alone = trained(run_of(corpus, **settings), tmp_path / "alone", corpus / "cache")
+    together = run_ranks(2, trained, run_of(corpus, {"ep": 2}, **settings), tmp_path / "together", corpus / "cache")
+    losses = [
+        [record["loss"] for record in numbers(result.metrics_file) if "loss" in record]
+        for result in (alone, together[0])
+    ]
+    assert len(losses[0]) >= 5
+    assert losses[1] == pytest.approx(losses[0], abs=2e-3)

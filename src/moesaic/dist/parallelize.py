@@ -105,6 +105,7 @@ def _shard(
         param_dtype=param_dtype, reduce_dtype=torch.float32 if param_dtype else None, cast_forward_inputs=False
     )
     layers = decoder_layers(model)
+    # Parameters are freed after forward also where one process has whole ones: it computes with a copy of them.
     for block in blocks_of(model):
         experts = cast(nn.Module, block.experts)
         place = functools.partial(_expert_dimension, _names(experts), meshes.layout.edp_shard)
