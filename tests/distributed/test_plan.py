@@ -15,6 +15,7 @@ from tests.distributed.spawn import run_ranks
 
 import moesaic
 from moesaic.dist import Layout, Meshes, ParallelConfig, clip_grad_norm, parallelize, sync_replicated
+from moesaic.dist.embedding import partitioned_elements
 from moesaic.dist.plan import (
     Candidate,
     Cluster,
@@ -31,7 +32,7 @@ from moesaic.dist.plan import (
 )
 from moesaic.dist.plan.balanced import expected_ranks
 from moesaic.dist.plan.links import exchange_split
-from moesaic.dist.plan.measure import Measured, count_collectives, measure_step
+from moesaic.dist.plan.measure import Measured, SentBytes, measure_step
 from moesaic.train.optimizer import parameter_groups
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 256}
@@ -40,12 +41,13 @@ ROWS, LENGTH = 16, 64
 
 
 @functools.cache
-def predicted(world: int, checkpointing: bool, accumulation: int, bf16: bool) -> dict[Layout, Candidate]:
+def predicted(world: int, columns: bool, checkpointing: bool, accumulation: int, bf16: bool) -> dict[Layout, Candidate]:
     with torch.device("meta"):
         module = moesaic.build({**BACKBONE, **SIZES}, spec(**MOE))
     cluster = Cluster(1, world, 80e9, 1e12, Link(1e-10), Link(1e-10))
-    workload = Workload(ROWS, LENGTH, accumulation, bf16, checkpointing)
-    found = plan(module, spec(**MOE), workload, cluster)
+    workload = Workload(ROWS, LENGTH, accumulation, bf16, checkpointing, accelerated=False)
+    config = ParallelConfig(partition_embedding=columns)
+    found = plan(module, spec(**MOE), workload, cluster, config)
     return {candidate.layout: candidate for candidate in found.candidates}
 
 
@@ -58,7 +60,12 @@ def measured(
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     sharded = None
     if world > 1:
-        sharded = parallelize(module, Meshes.of(Layout.of(config, world, spec(**MOE)), "cpu"), config)
+        sharded = parallelize(
+            module,
+            Meshes.of(Layout.of(config, world, spec(**MOE)), "cpu"),
+            config,
+            param_dtype=torch.bfloat16 if bf16 else None,
+        )
     optimizer = torch.optim.AdamW(parameter_groups(module, 0.1), fused=True)
     module.set_training_progress(0.0)
     (ids_BS,) = batches(1, rows=ROWS, length=LENGTH, vocabulary=SIZES["vocab_size"])
@@ -83,10 +90,10 @@ def measured(
         optimizer.step()
 
     found = measure_step(module, optimizer, backward, update)
-    with count_collectives() as sent:
+    with SentBytes() as sent:
         backward()
         update()
-    return found, sent
+    return found, sent.by_collective
 
 
 CASES = [
@@ -94,6 +101,7 @@ CASES = [
     pytest.param(1, {}, True, 2, False, id="alone-recomputed-accumulated"),
     pytest.param(2, {}, False, 1, True, id="fsdp2-bf16"),
     pytest.param(2, {"ep": 2}, False, 2, False, id="ep2-accumulated"),
+    pytest.param(2, {"partition_embedding": True}, True, 1, False, id="columns2-recomputed"),
     pytest.param(4, {"ep": 2}, False, 1, False, id="fsdp4-ep2"),
     pytest.param(4, {"dp_replicate": 2, "ep": 4}, False, 1, False, id="hsdp2x2-ep4"),
     pytest.param(4, {"ep": 4}, True, 1, False, id="ep4-recomputed"),
@@ -104,8 +112,9 @@ CASES = [
 def test_memory_and_traffic_are_as_predicted(
     world: int, parallel: dict[str, Any], checkpointing: bool, accumulation: int, bf16: bool
 ) -> None:
-    layout = Layout.of(ParallelConfig.from_dict(parallel), world, spec(**MOE))
-    candidate = predicted(world, checkpointing, accumulation, bf16)[layout]
+    config = ParallelConfig.from_dict(parallel)
+    layout = Layout.of(config, world, spec(**MOE))
+    candidate = predicted(world, config.partition_embedding, checkpointing, accumulation, bf16)[layout]
     found = run_ranks(world, measured, parallel, checkpointing, accumulation, bf16)
     memory = [memory for memory, _ in found]
     assert candidate.memory.parameters == max(rank.parameters for rank in memory)
@@ -118,12 +127,26 @@ def test_memory_and_traffic_are_as_predicted(
         return sum(flow.bytes for flow in candidate.flows if flow.name.startswith(beginnings))
 
     sent = {name: fmean(rank[name] for _, rank in found) for name in found[0][1]}
-    assert sent["all_gather"] == pytest.approx(bytes_of("gather"), rel=0.001)
+    assert sent["all_gather"] == pytest.approx(bytes_of("gather", "embedding ids"), rel=0.001)
     assert sent["reduce_scatter"] == pytest.approx(bytes_of("reduce"), rel=0.001)
     assert sent["all_reduce"] == pytest.approx(bytes_of("sum"), rel=0.01, abs=100)  # scalars are left out
-    exchanged = bytes_of("send", "fetch")
-    assert (exchanged > 0) == (layout.ep > 1)
+    exchanged = bytes_of("send", "fetch", "embedding rows")
+    assert (exchanged > 0) == (layout.ep > 1 or config.partition_embedding)
     assert sent["all_to_all"] == pytest.approx(exchanged, rel=0.1)
+
+
+def test_columns_of_the_embedding_travel_by_the_formula() -> None:
+    candidate = predicted(4, True, False, 2, False)[Layout(1, 4)]
+    flows = {flow.name: flow.bytes for flow in candidate.flows}
+    tokens, hidden = ROWS * LENGTH // 4, SIZES["hidden_size"]
+    ids, rows = tokens * 3, partitioned_elements(tokens, hidden, 4) - tokens * 3
+    assert flows["embedding ids"] == 2 * 8 * ids
+    assert flows["embedding rows"] == 2 * 4 * rows
+    # What is neither gathered nor reduced then: the table, gathered once and reduced once in a micro-batch.
+    whole = {flow.name: flow.bytes for flow in predicted(4, False, False, 2, False)[Layout(1, 4)].flows}
+    saved = 2 * 4 * SIZES["vocab_size"] * hidden * 3 / 4
+    assert whole["gather dense"] - flows["gather dense"] == saved
+    assert whole["reduce dense"] - flows["reduce dense"] == saved
 
 
 def test_units_hold_every_parameter_once() -> None:

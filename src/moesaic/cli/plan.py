@@ -122,5 +122,6 @@ def _workload(run: RunConfig) -> Workload:
         accumulation_steps=run.train.accumulation_steps,
         bf16=run.train.precision == "bf16",
         gradient_checkpointing=run.train.gradient_checkpointing,
+        accelerated=run.train.device != "cpu",
         inputs=tuple(inputs),
     )

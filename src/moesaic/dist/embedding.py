@@ -87,10 +87,24 @@ def partition_embedding(model: nn.Module, meshes: Meshes) -> nn.Parameter:
         ConfigError: if the width can't be dealt out evenly, or the head uses the same table.
         UnsupportedModel: if the model has no token embedding of the usual kind.
     """
+    embedding = partitionable(model, meshes.layout.world)
+    embedding.weight = distribute(cast(nn.Parameter, embedding.weight), meshes.world, COLUMNS)
+    kind = type(embedding)
+    embedding.__class__ = type(f"Partitioned{kind.__name__}", (PartitionedEmbedding, kind), {})
+    return embedding.weight
+
+
+def partitionable(model: nn.Module, world: int) -> nn.Embedding:
+    """The token embedding of a model, whose columns `world` processes can share.
+
+    Raises:
+        ConfigError: if the width can't be dealt out evenly, or the head uses the same table.
+        UnsupportedModel: if the model has no token embedding of the usual kind.
+    """
     embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None or embedding.sparse:
         raise UnsupportedModel(f"{type(model).__name__} has no token embedding that {_FIELD} can deal out; set it to false")
-    width, world = embedding.embedding_dim, meshes.layout.world
+    width = embedding.embedding_dim
     if width % world:
         raise ConfigError(_FIELD, True, f"needs a hidden_size ({width}) that {world} processes can share", "set it to false")
     names = model.named_parameters(remove_duplicate=False)
@@ -99,10 +113,7 @@ def partition_embedding(model: nn.Module, meshes: Meshes) -> nn.Parameter:
         raise ConfigError(
             _FIELD, True, f"does not go with tied embeddings ({' and '.join(users)})", "set tie_word_embeddings: false"
         )
-    embedding.weight = distribute(cast(nn.Parameter, embedding.weight), meshes.world, COLUMNS)
-    kind = type(embedding)
-    embedding.__class__ = type(f"Partitioned{kind.__name__}", (PartitionedEmbedding, kind), {})
-    return embedding.weight
+    return embedding
 
 
 def partitioned_elements(tokens: int, hidden_size: int, world: int) -> float:

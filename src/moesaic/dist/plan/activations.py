@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 import warnings
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 from moesaic.dist.config import ParallelConfig
 from moesaic.dist.layout import Layout
 from moesaic.dist.placement import blocks_of, expert_placements, replicated_of
-from moesaic.dist.plan.balanced import BalancedDispatch, Sent
+from moesaic.dist.plan.balanced import BalancedDispatch, Sent, exchanged_columns
 from moesaic.dist.plan.live import LiveBytes
 from moesaic.errors import UnsupportedModel
 from moesaic.hf import MoesaicForCausalLM, MoesaicModel
@@ -52,6 +53,7 @@ class MicroBatch:
         length: tokens of a sequence.
         bf16: under bfloat16 autocast.
         gradient_checkpointing: layers are recomputed in the backward pass.
+        columns: processes over which the columns of the token embedding are dealt out; 1 for a whole one.
         inputs: further integer inputs that the model is given, by name: "position_ids" and "modality_ids" (B, S),
             "task_ids" (B,).
     """
@@ -60,6 +62,7 @@ class MicroBatch:
     length: int
     bf16: bool = False
     gradient_checkpointing: bool = False
+    columns: int = 1
     inputs: tuple[str, ...] = ()
 
     @property
@@ -175,6 +178,7 @@ def _run(
         _spread(block, layout, config, batch)
     with FakeTensorMode():
         _materialise(small, param_dtype)
+        _stream(small, param_dtype, batch)
         small.train()
         if isinstance(small, MoesaicForCausalLM):
             small.set_training_progress(0.0)
@@ -264,6 +268,28 @@ def _materialise(model: nn.Module, param_dtype: torch.dtype | None) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
+def _stream(model: PreTrainedModel, param_dtype: torch.dtype | None, batch: MicroBatch) -> None:
+    """Let embeddings begin the stream of hidden states as `parallelize` has them do it."""
+    if batch.columns > 1:
+        embedding = cast(nn.Embedding, model.get_input_embeddings())
+        width = embedding.embedding_dim // batch.columns
+        embedding.weight = nn.Parameter(torch.empty(embedding.num_embeddings, width))
+        embedding.register_forward_pre_hook(lambda module, args: args[0].reshape(1, -1).repeat(batch.columns, 1))
+        embedding.register_forward_hook(functools.partial(_exchange_columns, batch))
+    if param_dtype is not None:
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                module.register_forward_hook(_widen)
+
+
+def _exchange_columns(batch: MicroBatch, module: nn.Module, args: Any, columns_WTC: Tensor) -> Tensor:
+    return exchanged_columns(columns_WTC).view(batch.sequences, batch.length, -1)
+
+
+def _widen(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output.float()
+
+
 class _Pass:
     """One forward and backward pass, with what is alive noted where sections meet."""
 
@@ -326,8 +352,7 @@ class _Pass:
                 return  # recomputation
             self._end(self.forward, section)
             self._begin(self.names[index + 1])
-            hidden = args[0]
-            hidden.register_hook(self._backward_reaches(index))
+            args[0].register_hook(self._backward_reaches(index))
 
         return hook
 

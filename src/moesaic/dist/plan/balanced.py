@@ -127,6 +127,12 @@ class _BalancedTravel:
         return torch.zeros(shape, dtype=torch.int64, device=self.x_TD.device)
 
 
+def exchanged_columns(columns_WTC: Tensor) -> Tensor:
+    """Rows (T, D) of a rank's tokens, from its columns of the tokens of all W ranks."""
+    received_XC = _Move.apply(columns_WTC.flatten(0, 1), columns_WTC.shape[0] * columns_WTC.shape[1])
+    return received_XC.view(columns_WTC.shape).transpose(0, 1).reshape(columns_WTC.shape[1], -1)
+
+
 class _Move(torch.autograd.Function):
     """Rows that a collective or a copy returns: new memory; backward is the same the other way.
 

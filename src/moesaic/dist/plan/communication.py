@@ -14,6 +14,8 @@ from moesaic.dist.plan.links import Cluster, Group, exchange_seconds, exchange_s
 from moesaic.dist.plan.units import Unit
 
 _GRADIENT = 4  # bytes; gradients are summed in float32
+_ID = 8  # bytes of a token id
+_COLUMN = 4  # bytes of an element of an embedding whose columns are dealt out
 _INDEX = 4  # bytes; with each row go its picks
 _WEIGHT = 4  # bytes; and their weights
 
@@ -78,7 +80,7 @@ class Sending:
 
     def flows(self) -> list[Flow]:
         """All collectives of a step whose volume grows with the model or the batch, those of size 1 left out."""
-        found = [*self._parameters(), *self._tokens(), *self._replicas()]
+        found = [*self._parameters(), *self._embedding(), *self._tokens(), *self._replicas()]
         return [flow for flow in found if flow.size > 1 and flow.calls]
 
     def _parameters(self) -> Iterator[Flow]:
@@ -94,9 +96,19 @@ class Sending:
             gathered = sum(times * unit.stored(layout) for unit, times in gathers) * self.param_itemsize
             reduced = sum(unit.stored(layout, trained=True) for unit in units) * _GRADIENT
             calls = self.accumulation_steps * sum(times for _, times in gathers)
-            yield self._ring(f"gather {kind} parameters", group, calls, self.accumulation_steps * gathered)
+            yield self._ring(f"gather {kind}", group, calls, self.accumulation_steps * gathered)
             calls = self.accumulation_steps * len(units)
-            yield self._ring(f"reduce {kind} gradients", group, calls, self.accumulation_steps * reduced)
+            yield self._ring(f"reduce {kind}", group, calls, self.accumulation_steps * reduced)
+
+    def _embedding(self) -> Iterator[Flow]:
+        """With the columns of the token embedding dealt out: ids to all, rows back, and their gradients."""
+        if self.batch.columns == 1:
+            return
+        world, times = self.cluster.group(1, self.layout.world), self.accumulation_steps
+        (part,) = [part for unit in self.units if unit.kind == "embedding" for part in unit.parts]
+        yield self._ring("embedding ids", world, times, times * self.batch.tokens * _ID, hides=False)
+        buffer = self.batch.tokens * part.shape[1] * _COLUMN
+        yield self._exchange("embedding rows", world, [(2, buffer)], flat=True)
 
     def _replicas(self) -> Iterator[Flow]:
         """Gradients summed over replicas, once a step: HSDP's shards, and in one flat buffer those of routers."""
@@ -106,11 +118,11 @@ class Sending:
         for kind, group in (("dense", dense), ("experts", experts)):
             units = [unit for unit in self.units if unit.kind == kind]
             elements = sum(unit.stored(layout, trained=True) for unit in units)
-            yield self._reduce(f"sum {kind} replicas", group, len(units), elements, hides=True)
+            yield self._reduce(f"sum {kind}", group, len(units), elements, hides=True)
         routers = [unit for unit in self.units if unit.kind == "replicated"]
         elements = sum(unit.stored(layout, trained=True) for unit in routers)
         world = self.cluster.group(1, layout.world)
-        yield self._reduce("sum router gradients", world, min(1, len(routers)), elements, hides=False)
+        yield self._reduce("sum routers", world, min(1, len(routers)), elements, hides=False)
 
     def _tokens(self) -> Iterator[Flow]:
         """Tokens go to experts with their picks and weights; rows come back. Backward, gradients go the other way."""
@@ -135,18 +147,20 @@ class Sending:
         shards = self.accumulation_steps * sum(times * buffer for times, buffer in everything)
         yield self._ring("share split experts", esp, calls, shards, hides=False)
 
-    def _exchange(self, name: str, group: Group, exchanges: list[tuple[int, float]]) -> Flow:
-        """All-to-alls, each so many times with a buffer of so many bytes in a micro-batch."""
+    def _exchange(self, name: str, group: Group, exchanges: list[tuple[int, float]], *, flat: bool = False) -> Flow:
+        """All-to-alls, each so many times with a buffer of so many bytes in a micro-batch.
+
+        `flat` ones are what they are; others go the way that the config asks for.
+        """
         calls = self.accumulation_steps * sum(times for times, _ in exchanges)
         if group.size == 1 or calls == 0:
             return Flow(name, group.size, group.hosts, 0, 0.0, 0.0, 0.0, False)
         buffers = self.accumulation_steps * sum(times * buffer for times, buffer in exchanges)
-        if self.config.exchange == "all_gather":
+        if self.config.exchange == "all_gather" and not flat:
             sent = buffers * (group.size - 1) / group.size
             return self._walk(name, group, calls, sent, rounds=1, hides=False)
-        hierarchical = self.config.all_to_all == "hierarchical" or (
-            self.config.all_to_all == "auto" and group.hosts > 1 and group.local > 1
-        )
+        two_steps = group.hosts > 1 and group.local > 1 and self.config.all_to_all != "flat"
+        hierarchical = two_steps and not flat
         inner, outer = exchange_split(buffers, group, hierarchical=hierarchical)
         links = self.cluster.inner, self.cluster.outer
         seconds = calls * exchange_seconds(buffers / calls, group, *links, hierarchical=hierarchical)

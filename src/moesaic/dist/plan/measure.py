@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
@@ -82,61 +82,69 @@ def _most_allocated(profiled: profile) -> int:
     return most
 
 
-@contextlib.contextmanager
-def count_collectives() -> Iterator[dict[str, int]]:
-    """Bytes that this rank sends to others while inside, by collective.
+class SentBytes(TorchDispatchMode):
+    """While entered, counts what this rank sends to others.
 
-    Rings send all but one's own part once for an all-gather or a reduce-scatter and twice for an all-reduce; an
-    all-to-all sends what is for others.
+    In a ring everybody sends its part to all but one for an all-gather or a reduce-scatter, and both for an all-reduce;
+    an all-to-all sends what is for others.
+
+    Attributes:
+        by_collective: bytes by "all_gather", "reduce_scatter", "all_reduce" and "all_to_all".
     """
-    sent: dict[str, int] = {"all_gather": 0, "reduce_scatter": 0, "all_reduce": 0, "all_to_all": 0}
 
-    def ring(name: str, part: Tensor, group: dist.ProcessGroup | None, share: float = 1.0) -> None:
-        others = dist.get_world_size(group) - 1
-        sent[name] += round(part.numel() * part.element_size() * others * share)
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_collective: dict[str, int] = {"all_gather": 0, "reduce_scatter": 0, "all_reduce": 0, "all_to_all": 0}
 
-    def gather(output: Tensor, input: Tensor, group: Any = None, *_: Any, **__: Any) -> None:
-        ring("all_gather", input, group)
-
-    def scatter(output: Tensor, input: Tensor, op: Any = None, group: Any = None, *_: Any, **__: Any) -> None:
-        ring("reduce_scatter", output, group)
-
-    def reduce(tensor: Tensor, op: Any = None, group: Any = None, *_: Any, **__: Any) -> None:
-        ring("all_reduce", tensor, group, 2 / dist.get_world_size(group))
-
-    def exchange(
-        output: Tensor, input: Tensor, received: Any = None, parts: Any = None, group: Any = None, *_: Any, **__: Any
-    ) -> None:
-        row = input[:1].numel() * input.element_size()
-        parts = parts or [input.shape[0] // dist.get_world_size(group)] * dist.get_world_size(group)
-        sent["all_to_all"] += row * (sum(parts) - parts[dist.get_rank(group)])
-
-    counted = {
-        "all_gather_single": gather,
-        "all_gather_into_tensor": gather,
-        "reduce_scatter_single": scatter,
-        "reduce_scatter_tensor": scatter,
-        "all_reduce": reduce,
-        "all_to_all_single": exchange,
-    }
-    found = {name: getattr(dist, name) for name in counted if hasattr(dist, name)}
-    for name, function in found.items():
-        setattr(dist, name, _counting(function, counted[name]))
-    try:
-        yield sent
-    finally:
-        for name, function in found.items():
-            setattr(dist, name, function)
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        count = _COLLECTIVES.get(func.name().removesuffix(".default"))
+        if count is not None:
+            name, sent = count(*args)
+            self.by_collective[name] += sent
+        return func(*args, **(kwargs or {}))
 
 
-def _counting(function: Callable[..., Any], count: Callable[..., None]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def counting(*arguments: Any, **named: Any) -> Any:
-        renamed = {_NAMES.get(name, name): value for name, value in named.items()}
-        count(*arguments, **renamed)
-        return function(*arguments, **named)
-
-    return counting
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
-_NAMES = {"output_tensor": "output", "input_tensor": "input", "input_split_sizes": "parts"}
+def _all_gather(output: Tensor, input: Tensor, *_: Any) -> tuple[str, int]:
+    return "all_gather", _bytes(output) - _bytes(input)
+
+
+def _all_gather_functional(input: Tensor, size: int, *_: Any) -> tuple[str, int]:
+    return "all_gather", (size - 1) * _bytes(input)
+
+
+def _reduce_scatter(output: Tensor, input: Tensor, *_: Any) -> tuple[str, int]:
+    return "reduce_scatter", _bytes(input) - _bytes(output)
+
+
+def _all_reduce(tensors: list[Tensor], group: Any, *_: Any) -> tuple[str, int]:
+    size = dist.ProcessGroup.unbox(group).size()
+    return "all_reduce", round(sum(map(_bytes, tensors)) * 2 * (size - 1) / size)
+
+
+def _all_to_all(output: Tensor, input: Tensor, group: Any, received: Any, parts: list[int], *_: Any) -> tuple[str, int]:
+    return "all_to_all", _to_others(input, parts, dist.ProcessGroup.unbox(group))
+
+
+def _all_to_all_functional(input: Tensor, received: Any, parts: list[int], group: str) -> tuple[str, int]:
+    return "all_to_all", _to_others(input, parts, _resolve_process_group(cast(Any, group)))
+
+
+def _to_others(input: Tensor, parts: list[int], group: dist.ProcessGroup) -> int:
+    parts = parts or [input.shape[0] // group.size()] * group.size()
+    return _bytes(input[:1]) * (sum(parts) - parts[group.rank()])
+
+
+_COLLECTIVES: dict[str, Callable[..., tuple[str, int]]] = {
+    "c10d::_allgather_base_": _all_gather,
+    "_c10d_functional::all_gather_into_tensor": _all_gather_functional,
+    "c10d::_reduce_scatter_base_": _reduce_scatter,
+    "c10d::allreduce_": _all_reduce,
+    "c10d::alltoall_base_": _all_to_all,
+    "_c10d_functional::all_to_all_single": _all_to_all_functional,
+}

@@ -67,12 +67,14 @@ class Rank:
         layout: of ranks.
         fsdp: whether FSDP runs: under torch.distributed also for one rank.
         param_itemsize: bytes of an element of a gathered parameter.
+        prefetch: whether a layer is gathered while the one before it computes, as on accelerators.
     """
 
     units: tuple[Unit, ...]
     layout: Layout
     fsdp: bool
     param_itemsize: int = 4
+    prefetch: bool = False
 
     @property
     def parameters(self) -> int:
@@ -98,14 +100,14 @@ class Rank:
         """Bytes of a layer's gathered parameters."""
         return self.param_itemsize * sum(unit.gathered(self.layout) for unit in self._gathered(layer))
 
-    def gather_buffer(self, layer: int | None) -> int:
-        """Bytes of the largest flat buffer that an all-gather of this layer fills."""
+    def gather_buffers(self, layer: int | None) -> int:
+        """Bytes of the flat buffers that all-gathers of this layer fill: of all at once, or of the largest."""
         sizes = [
             unit.stored(self.layout) * unit.shards(self.layout)
             for unit in self._gathered(layer)
             if unit.shards(self.layout) > 1
         ]
-        return self.param_itemsize * max(sizes, default=0)
+        return self.param_itemsize * (sum(sizes) if self.prefetch else max(sizes, default=0))
 
     def reduce_buffer(self, layer: int | None) -> int:
         """Bytes of the largest flat buffer that a reduce-scatter of this layer reads."""
@@ -113,7 +115,7 @@ class Rank:
         return _MASTER * max(sizes, default=0)
 
     def _gathered(self, layer: int | None) -> tuple[Unit, ...]:
-        return tuple(unit for unit in self.of_layer(layer) if unit.kind != "replicated") if self.fsdp else ()
+        return tuple(unit for unit in self.of_layer(layer) if unit.kind in ("dense", "experts")) if self.fsdp else ()
 
 
 def memory_of(rank: Rank, activations: Activations, *, accumulation_steps: int = 1) -> Memory:
@@ -148,14 +150,19 @@ def _sections(activations: Activations) -> list[tuple[str, int | None, Section]]
 
 
 def _forward(rank: Rank, activations: Activations, accumulation_steps: int) -> Iterator[_Moment]:
-    gradients = rank.gradients(rank.units) if accumulation_steps > 1 else 0
+    gradients, kept = 0, 0
+    if accumulation_steps > 1:
+        # The root's flat buffer of the micro-batch before is there until the next reduction.
+        gradients, kept = rank.gradients(rank.units), rank.reduce_buffer(None)
     held = 0
-    root, last_buffer = rank.whole(None), rank.gather_buffer(None)
-    for name, layer, section in _sections(activations):
-        buffer = rank.gather_buffer(layer)
+    root, last_buffer = rank.whole(None), rank.gather_buffers(None)
+    sections = _sections(activations)
+    for place, (name, layer, section) in enumerate(sections):
+        following = sections[place + 1][1] if rank.prefetch and place + 1 < len(sections) else None
+        buffer = rank.gather_buffers(layer if following is None else following)
         own = rank.whole(layer) if layer is not None else 0
         # A flat buffer is freed when the next one has been filled.
-        yield _Moment(f"forward of {name}", gradients, held, root + own + max(buffer, last_buffer), section.forward)
+        yield _Moment(f"forward of {name}", gradients, held, kept + root + own + max(buffer, last_buffer), section.forward)
         held += section.held
         last_buffer = buffer
 
@@ -163,15 +170,17 @@ def _forward(rank: Rank, activations: Activations, accumulation_steps: int) -> I
 def _backward(rank: Rank, activations: Activations, accumulation_steps: int) -> Iterator[_Moment]:
     everything = rank.gradients(rank.units)
     saved, done = activations.saved, 0
-    root, last_buffer = rank.whole(None), 0
+    root, last_buffer = rank.whole(None), rank.reduce_buffer(None) if accumulation_steps > 1 else 0
     sections = _sections(activations)
     for place in range(len(sections) - 1, -1, -1):
         name, layer, section = sections[place]
         before = sections[place - 1][1] if place else None
-        own = rank.whole(layer) + rank.reduce_buffer(layer) if layer is not None else 0
+        own = rank.whole(layer) if layer is not None else 0
+        # The flat buffer of a reduction is there until the next one.
+        reduced = max(last_buffer, rank.reduce_buffer(layer) if layer is not None else 0)
         # The next layer is gathered in advance.
-        prefetched = rank.gather_buffer(before) if before is not None else 0
-        buffers = root + own + max(prefetched, last_buffer)
+        prefetched = rank.gather_buffers(before) if before is not None else 0
+        buffers = root + own + prefetched + reduced
         gradients = everything if accumulation_steps > 1 else done
         yield _Moment(f"backward of {name}", gradients, saved, buffers, section.backward)
         saved -= section.saved
@@ -179,8 +188,8 @@ def _backward(rank: Rank, activations: Activations, accumulation_steps: int) -> 
             done += rank.gradients(rank.of_layer(layer))
             last_buffer = rank.reduce_buffer(layer)
     if rank.fsdp:
-        whole_root = sum(unit.gathered(rank.layout) for unit in rank.of_layer(None)) * rank.param_itemsize
-        yield _Moment("reduction of the root", everything, 0, root + whole_root + rank.reduce_buffer(None), 0)
+        # Gathered parameters, their whole gradients, and the flat buffer into which these are copied.
+        yield _Moment("reduction of the root", everything, 0, 2 * root + rank.reduce_buffer(None), 0)
 
 
 def itemsize(dtype: torch.dtype | None) -> int:

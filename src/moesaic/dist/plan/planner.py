@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from moesaic.dist.config import ParallelConfig
+from moesaic.dist.embedding import partitionable
 from moesaic.dist.layout import Layout, layouts
 from moesaic.dist.plan.activations import Activations, MicroBatch, measure_activations
 from moesaic.dist.plan.communication import Flow, Sending
@@ -35,6 +37,7 @@ class Workload:
         accumulation_steps: batches in a step.
         bf16: computes in bfloat16.
         gradient_checkpointing: layers are recomputed in the backward pass.
+        accelerated: runs on accelerators, where layers are gathered in advance.
         inputs: further inputs of the model; see `MicroBatch`.
     """
 
@@ -43,6 +46,7 @@ class Workload:
     accumulation_steps: int = 1
     bf16: bool = False
     gradient_checkpointing: bool = False
+    accelerated: bool = True
     inputs: tuple[str, ...] = ()
 
     @property
@@ -50,8 +54,12 @@ class Workload:
         """Tokens of a step, over all ranks."""
         return self.batch_size * self.sequence_length * self.accumulation_steps
 
-    def micro_batch(self, world: int) -> MicroBatch:
+    def micro_batch(self, world: int, *, columns: int = 1) -> MicroBatch:
         """What one of `world` ranks runs at a time.
+
+        Args:
+            world: number of ranks.
+            columns: ranks over which the columns of the token embedding are dealt out.
 
         Raises:
             ConfigError: if ranks can't share the batch evenly.
@@ -64,7 +72,12 @@ class Workload:
                 f"choose a multiple of {world}, or other --hosts and --gpus",
             )
         return MicroBatch(
-            self.batch_size // world, self.sequence_length, self.bf16, self.gradient_checkpointing, self.inputs
+            self.batch_size // world,
+            self.sequence_length,
+            self.bf16,
+            self.gradient_checkpointing,
+            columns,
+            self.inputs,
         )
 
 
@@ -165,7 +178,6 @@ def plan(
     cluster: Cluster,
     config: ParallelConfig | None = None,
     *,
-    param_dtype: torch.dtype | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """Predict memory and time of every layout.
@@ -176,15 +188,14 @@ def plan(
         workload: what a step does.
         cluster: where it runs.
         config: how tokens travel; its sizes are not read.
-        param_dtype: as for `parallelize`: dtype in which FSDP gathers parameters; None for their own.
         tell: told what is done.
 
     Raises:
-        ConfigError: if ranks can't share the batch.
+        ConfigError: if ranks can't share the batch, or the columns of the token embedding where they are dealt out.
         UnsupportedModel: if the model holds experts that are not ours.
     """
     config = config or ParallelConfig()
-    planner = _Planner(model, spec, workload, cluster, config, param_dtype, tell)
+    planner = _Planner(model, spec, workload, cluster, config, tell)
     found = [planner.candidate(layout) for layout in sorted(layouts(cluster.world, spec)) if layout.esp <= cluster.gpus]
     found.sort(key=lambda candidate: (candidate.misfit != "", *_order(candidate)))
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -205,22 +216,23 @@ class _Planner:
         workload: Workload,
         cluster: Cluster,
         config: ParallelConfig,
-        param_dtype: torch.dtype | None,
         tell: Callable[[str], None],
     ) -> None:
         self.model, self.spec, self.workload = model, spec, workload
         self.cluster, self.config, self.tell = cluster, config, tell
-        self.batch = workload.micro_batch(cluster.world)
-        self.units: tuple[Unit, ...] = units_of(model)
         # A process alone trains without torch.distributed.
         self.fsdp = cluster.world > 1
-        self.param_dtype = param_dtype
+        partitions = self.fsdp and config.partition_embedding
+        self.batch = workload.micro_batch(cluster.world, columns=cluster.world if partitions else 1)
+        partitioned = partitionable(model, cluster.world).weight if partitions else None
+        self.units: tuple[Unit, ...] = units_of(model, cast(nn.Parameter | None, partitioned))
+        self.param_dtype = torch.bfloat16 if workload.bf16 and self.fsdp else None
         # Activations depend on these sizes only.
         self.activations = functools.cache(self._activations)
 
     def candidate(self, layout: Layout) -> Candidate:
         activations = self.activations(layout.ep, layout.esp)
-        rank = Rank(self.units, layout, self.fsdp, itemsize(self.param_dtype))
+        rank = Rank(self.units, layout, self.fsdp, itemsize(self.param_dtype), self.workload.accelerated)
         memory = memory_of(rank, activations, accumulation_steps=self.workload.accumulation_steps)
         flows = Sending(
             self.units,

@@ -73,34 +73,36 @@ def _fitting(plan: Plan, found: list[Candidate], top: int) -> Table:
 
 def _memory(candidate: Candidate) -> Table:
     memory = candidate.memory
-    table = Table(title="Memory of a rank in the best one", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("part", no_wrap=True)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    table.add_column("memory of a rank in the best one", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
-    for name in ("parameters", "gradients", "optimizer", "activations", "buffers", "workspace", "peak"):
+    for name in ("parameters", "gradients", "optimizer", "activations", "buffers", "workspace"):
         table.add_row(name, f"{short(getattr(memory, name))}B")
-    table.caption = f"the peak is in {memory.moment}"
-    table.caption_justify = "left"
+    table.add_section()
+    table.add_row(f"peak, in {memory.moment}", f"{short(memory.peak)}B")
     return table
 
 
 def _flows(candidate: Candidate) -> Table:
-    table = Table(title="What a rank sends in a step of it", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("what")
-    for heading in ("ranks", "hosts", "calls", "in host", "between", "time", "hides"):
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("what a rank sends in a step", no_wrap=True)
+    for heading in ("ranks", "calls", "in host", "between", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for flow in candidate.flows:
-        table.add_row(
-            flow.name,
-            str(flow.size),
-            str(flow.hosts),
-            str(flow.calls),
-            f"{short(flow.inner)}B",
-            f"{short(flow.outer)}B",
-            seconds(flow.seconds),
-            "yes" if flow.hides else "no",
-        )
+    for hides, title in ((True, "beside computation"), (False, "computation waits for")):
+        found = [flow for flow in candidate.flows if flow.hides == hides]
+        if found:
+            table.add_row(f"[italic]{title}")
+        for flow in found:
+            table.add_row(
+                f"  {flow.name}",
+                str(flow.size),
+                str(flow.calls),
+                f"{short(flow.inner)}B",
+                f"{short(flow.outer)}B",
+                seconds(flow.seconds),
+            )
     table.add_section()
-    table.add_row("compute", "", "", "", "", "", seconds(candidate.compute_seconds), "")
+    table.add_row("compute", "", "", "", "", seconds(candidate.compute_seconds))
     return table
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
+import torch
 from torch import nn
 from torch.distributed.tensor import Shard
 
@@ -14,9 +15,6 @@ from moesaic.dist.layout import Layout
 from moesaic.dist.placement import Kind, blocks_of, expert_placements, fsdp_dimension, placed_parameters
 from moesaic.hf.backbone import decoder_layers
 from moesaic.layer import Experts
-
-Role = Literal["dense", "experts", "router", "embedding"]
-
 
 @dataclass(frozen=True)
 class Part:
@@ -53,6 +51,8 @@ class Part:
         shape = self.whole(layout)
         if self.kind == "replicated":
             return math.prod(shape)
+        if self.kind == "embedding":
+            return math.prod(shape) // layout.world
         if self.kind == "dense":
             return -(-shape[0] // layout.dp_shard) * math.prod(shape[1:]) if shape else 1
         dimension = _fsdp_dimension(self.packed_name, shape, layout.edp_shard)
@@ -61,8 +61,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters that FSDP gathers and reduces together; those of routers are never gathered, and stand in units of
-    their own.
+    """Parameters that FSDP gathers and reduces together. Those that it leaves alone, of routers and of an embedding whose
+    columns are dealt out, stand in units of their own.
 
     Attributes:
         name: of the module.
@@ -77,12 +77,8 @@ class Unit:
     parts: tuple[Part, ...]
 
     def shards(self, layout: Layout) -> int:
-        """Ranks that share it."""
-        return {"dense": layout.dp_shard, "experts": layout.edp_shard, "replicated": 1}[self.kind]
-
-    def replicas(self, layout: Layout) -> int:
-        """Ranks that hold the same shard of it."""
-        return {"dense": layout.dp_replicate, "experts": layout.edp_replicate, "replicated": layout.world}[self.kind]
+        """Ranks from which FSDP gathers it."""
+        return {"dense": layout.dp_shard, "experts": layout.edp_shard}.get(self.kind, 1)
 
     def stored(self, layout: Layout, *, trained: bool = False) -> int:
         """Elements on the rank with most, all or only the trained ones."""
@@ -97,11 +93,12 @@ class Unit:
         return sum(part.stored(layout) * part.itemsize for part in self.parts)
 
 
-def units_of(model: nn.Module) -> tuple[Unit, ...]:
+def units_of(model: nn.Module, partitioned: nn.Parameter | None = None) -> tuple[Unit, ...]:
     """The units of a model, in the order of its layers, the root (embeddings, last norm, head) first.
 
     Args:
         model: a causal language model with whole parameters; on the meta device they cost nothing.
+        partitioned: its token embedding, if the columns of that are dealt out.
     """
     experts = {
         parameter: (name, block.experts)
@@ -111,33 +108,33 @@ def units_of(model: nn.Module) -> tuple[Unit, ...]:
     layer_of = {p: index for index, layer in enumerate(decoder_layers(model)) for p in layer.parameters()}
     grouped: dict[tuple[int, Kind], list[Part]] = {}
     for placed in placed_parameters(model):
-        parameter = placed.parameter
+        parameter, kind = placed.parameter, placed.kind
         dimensions, packed_name = (0, 0), ""
-        if placed.kind == "experts":
+        if parameter is partitioned:
+            kind = "embedding"
+        if kind == "experts":
             packed_name, module = experts[parameter]
             placements = expert_placements(cast(Experts, module), packed_name)
             dimensions = cast(Shard, placements[0]).dim, cast(Shard, placements[1]).dim
         part = Part(
             placed.name,
             tuple(parameter.shape),
-            placed.kind,
+            kind,
             parameter.element_size(),
             parameter.requires_grad,
             dimensions,
             packed_name,
         )
-        grouped.setdefault((layer_of.get(parameter, -1), placed.kind), []).append(part)
+        grouped.setdefault((layer_of.get(parameter, -1), kind), []).append(part)
     return tuple(_units(grouped))
 
 
 def _units(grouped: dict[tuple[int, Kind], list[Part]]) -> Iterator[Unit]:
     for (layer, kind), parts in sorted(grouped.items(), key=lambda item: item[0][0]):
         where = "root" if layer < 0 else f"layer {layer}"
-        name = where if kind == "dense" else f"{where} {'router' if kind == 'replicated' else 'experts'}"
+        name = {"dense": where, "replicated": f"{where} router"}.get(kind, f"{where} {kind}")
         yield Unit(name, kind, None if layer < 0 else layer, tuple(parts))
 
 
 def _fsdp_dimension(name: str, shape: tuple[int, ...], shards: int) -> int:
-    import torch
-
     return fsdp_dimension(name, torch.empty(shape, device="meta"), shards)
