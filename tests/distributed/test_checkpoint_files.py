@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import weakref
 from pathlib import Path
@@ -17,9 +18,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from moesaic.dist import Layout, Meshes, ParallelConfig, parallelize
+from moesaic.dist import Layout, Meshes, ParallelConfig, build_sharded, parallelize
 from moesaic.dist.checkpoint import Snapshot, Team, load_weights
 from moesaic.dist.checkpoint.boxes import Spread, local_part
 from moesaic.dist.checkpoint.shares import Shares
@@ -37,6 +38,8 @@ RICH: dict[str, Any] = {
 # Experts that do not go round: sharded by their width D.
 ODD: dict[str, Any] = {"experts": {"num_experts": 6, "intermediate_size": 8, "gated": False, "activation": "gelu"}}
 RECURRENT: dict[str, Any] = {"router": {"type": "recurrent", "top_k": 2, "state_size": 8}}
+
+FROZEN: dict[str, Any] = {"router": {**RECURRENT["router"], "freeze_head": True}}
 
 
 def built(moe: dict[str, Any] | None, tied: bool) -> PreTrainedModel:
@@ -113,6 +116,7 @@ CASES = [
     pytest.param(4, {}, ODD, False, id="fsdp4-by-width"),
     pytest.param(4, {"dp_replicate": 2, "ep": 4}, RECURRENT, False, id="replicate2-ep4-recurrent"),
     pytest.param(2, {}, None, True, id="fsdp2-dense-tied"),
+    pytest.param(2, {"ep": 2, "partition_embedding": True}, FROZEN, False, id="ep2-embedding-in-columns-frozen"),
 ]
 
 
@@ -152,14 +156,19 @@ def test_the_folder_is_that_of_one_process(
 
 def read_shards(path: Path, parallel: dict[str, Any], moe: dict[str, Any] | None, tied: bool) -> tuple[int, int, int]:
     """Read the folder into shards and compare; bytes read, held here, and of the whole model."""
+    expected_model, rank = sharded(parallel, moe, tied), dist.get_rank()
     whole = built(moe, tied).state_dict()
-    module, rank = sharded(parallel, moe, tied), dist.get_rank()
-    tensors = {id(module.get_parameter_or_buffer(name)): (name, t) for name, t in module.state_dict().items()}.values()
-    expected = {name: local_part(tensor).clone() for name, tensor in tensors}
-    with torch.no_grad():
-        for _, tensor in tensors:
-            local_part(tensor).fill_(3)
+    expected = {name: local_part(tensor) for name, tensor in expected_model.state_dict().items()}
+    config = ParallelConfig.from_dict(parallel)
+    meshes = Meshes.of(Layout.of(config, dist.get_world_size(), None if moe is None else spec(**moe)), "cpu")
+    build = functools.partial(AutoModelForCausalLM.from_config, AutoConfig.from_pretrained(path), dtype=torch.float32)
+    module: Any = build_sharded(build, meshes, config, device=torch.device("cpu"), seed=None).model
     read = load_weights(module, path, rank)
+    for (name, buffer), (_, other) in zip(module.named_buffers(), expected_model.named_buffers(), strict=True):
+        assert torch.equal(buffer, other), name
+    for (name, parameter), (_, other) in zip(module.named_parameters(), expected_model.named_parameters(), strict=True):
+        assert parameter.requires_grad == other.requires_grad, name
+    tensors = {id(module.get_parameter_or_buffer(name)): (name, t) for name, t in module.state_dict().items()}.values()
     for name, tensor in tensors:
         local, seen = local_part(tensor), 0
         assert torch.equal(local, expected[name]), name
@@ -169,7 +178,7 @@ def read_shards(path: Path, parallel: dict[str, Any], moe: dict[str, Any] | None
             assert torch.equal(piece.part(local, piece.box), box), name
             seen += box.numel()
         assert seen == local.numel(), name
-    return read, sum(local.nbytes for local in expected.values()), sum(whole[name].nbytes for name, _ in tensors)
+    return read, sum(expected[name].nbytes for name, _ in tensors), sum(whole[name].nbytes for name, _ in tensors)
 
 
 @pytest.mark.parametrize(("world", "parallel", "moe", "tied"), CASES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from tests.distributed.spawn import run_ranks
 from tests.train.builders import data_config, tiny_run, write_corpus
 
-from moesaic.train import RunConfig, TrainResult, read_metrics, train
+from moesaic.train import CheckpointStore, RunConfig, TrainResult, read_metrics, train
 
 STEPS = 20
 
@@ -64,3 +65,26 @@ def test_bfloat16_is_near_one_process(corpus: Path, tmp_path: Path) -> None:
     ]
     assert len(losses[0]) >= 5
     assert losses[1] == pytest.approx(losses[0], abs=2e-3)
+
+
+def test_a_run_goes_on_with_any_number_of_processes(corpus: Path, tmp_path: Path) -> None:
+    """Two processes, then four in another layout, then one; from an initial model that is read into shards."""
+    settings: dict[str, Any] = {"steps": 9, "eval_every": None, "checkpoint_every": 3, "keep_checkpoints": 9}
+    first = trained(run_of(corpus, steps=1, eval_every=None), tmp_path / "first", corpus / "cache").checkpoint
+    origin = {"backbone": None, "moe": None, "initial_model": str(first)}
+    run = RunConfig.from_dict({**run_of(corpus, **settings).to_dict(), **origin})
+    alone = trained(run, tmp_path / "alone", corpus / "cache")
+
+    together = tmp_path / "together"
+    for world, parallel, step in [(2, {"ep": 2}, 3), (4, {"dp_replicate": 2, "ep": 2}, 6), (1, {}, 9)]:
+        part = RunConfig.from_dict(run.to_dict() | {"parallel": parallel})
+        if world == 1:
+            trained(part, together, corpus / "cache")
+        else:
+            run_ranks(world, trained, part, together, corpus / "cache")
+        # As if it had been interrupted: what came later is lost.
+        for path in CheckpointStore(together / "checkpoints", 9).all():
+            if path.name > f"step-{step:08d}":
+                shutil.rmtree(path)
+    for found, expected in zip(numbers(together / "metrics.jsonl"), numbers(alone.metrics_file), strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from moesaic.errors import CheckpointError
 from moesaic.files import is_local
 from moesaic.hf.weight_files import check_weight_files
 from moesaic.train.quiet import without_progress_bars
+
+# What a model is read from.
+_FILES = ["*.json", "*.safetensors"]
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype | Literal["auto"] = torch.float32) -> PreTrainedModel:
@@ -50,6 +54,21 @@ def load_model(path: str | Path, *, dtype: torch.dtype | Literal["auto"] = torch
                 f"the folder mixes files of different models or lacks some"
             )
     return model
+
+
+def open_folder(path: str | Path) -> tuple[PreTrainedConfig, Path]:
+    """The config of a saved model and the folder with its files, which are brought here if it is on the hub.
+
+    Raises:
+        CheckpointError: if there is no such model or its config can't be read.
+    """
+    check_local_path(path)
+    try:
+        local = is_local(path)
+        folder = Path(path).expanduser() if local else Path(snapshot_download(str(path), allow_patterns=_FILES))
+        return AutoConfig.from_pretrained(folder), folder
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot load the model {path}: {str(error).strip().splitlines()[0]}") from error
 
 
 def check_local_path(path: str | Path) -> None:

@@ -108,14 +108,23 @@ def build_model(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     """
     if run.initial_model is not None:
         model = load_model(run.initial_model)
-        _check_vocabulary(model.config.get_text_config(), tokenizer)
-        if isinstance(model, MoesaicForCausalLM):
-            check_labels(model.config.spec, run.data)
+        check_initial_model(model, run, tokenizer)
         return model
     config = backbone_config(run, tokenizer)
     if run.moe is not None:
         return build(config, run.moe).float()
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def check_initial_model(model: PreTrainedModel, run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a loaded model can be trained on the run's data.
+
+    Raises:
+        ConfigError: if its vocabulary is smaller than the tokenizer's, or its layers look at what the data does not give.
+    """
+    _check_vocabulary(model.config.get_text_config(), tokenizer)
+    if isinstance(model, MoesaicForCausalLM):
+        check_labels(model.config.spec, run.data)
 
 
 def backbone_config(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from moesaic.dist import Layout, Meshes, build_sharded, parallelize
+from moesaic.dist import Layout, Meshes, build_sharded
 from moesaic.dist.checkpoint import load_weights
 from moesaic.dist.process import Process
-from moesaic.train.load import load_model
-from moesaic.train.model import build_model, prepare_for_training
+from moesaic.train.load import load_model, open_folder
+from moesaic.train.model import build_model, check_initial_model, prepare_for_training
 from moesaic.train.ranks import ManyProcesses, OneProcess, Ranks
 from moesaic.train.rng import seed_all
 from moesaic.train.run import RunConfig
@@ -29,7 +29,7 @@ def start_model(
 ) -> tuple[PreTrainedModel, Ranks]:
     """The model of a run on its device, prepared for training, and the processes that train it.
 
-    Over processes none holds all of it at any time, unless it starts from another model.
+    Over processes none holds all of it at any time: each draws or reads its part.
 
     Args:
         run: what to train; its seed decides random weights.
@@ -51,26 +51,17 @@ def start_model(
         return model, OneProcess(model)
     meshes = Meshes.of(layout, device.type)
     param_dtype = torch.bfloat16 if run.train.precision == "bf16" else None
-    if checkpoint is None and run.initial_model is not None:
-        whole = build_model(run, tokenizer).to(device)  # pyright: ignore[reportArgumentType]
-        sharded = parallelize(whole, meshes, run.parallel, param_dtype=param_dtype)
+    origin = checkpoint or run.initial_model
+    config, folder = (None, None) if origin is None else open_folder(origin)
+    if config is None:
+        build = functools.partial(build_model, run, tokenizer)
     else:
-        sharded = build_sharded(
-            functools.partial(_unfilled, run, tokenizer, checkpoint),
-            meshes,
-            run.parallel,
-            device=device,
-            seed=run.train.seed if checkpoint is None else None,
-            param_dtype=param_dtype,
-        )
+        build = functools.partial(AutoModelForCausalLM.from_config, config, dtype=torch.float32)
+    seed = run.train.seed if folder is None else None
+    sharded = build_sharded(build, meshes, run.parallel, device=device, seed=seed, param_dtype=param_dtype)
     model = cast(PreTrainedModel, sharded.model)
-    if checkpoint is not None:
-        load_weights(model, checkpoint, process.rank)
+    if folder is not None:
+        load_weights(model, folder, process.rank)
+        check_initial_model(model, run, tokenizer)
     prepare_for_training(model, run.train, device)
     return model, ManyProcesses(process, sharded, device)
-
-
-def _unfilled(run: RunConfig, tokenizer: PreTrainedTokenizerBase, checkpoint: Path | None) -> PreTrainedModel:
-    if checkpoint is None:
-        return build_model(run, tokenizer)
-    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint), dtype=torch.float32)
