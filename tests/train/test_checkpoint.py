@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import pickle
 import resource
 import shutil
 from pathlib import Path
@@ -106,6 +108,24 @@ def test_a_damaged_checkpoint_is_named(output, data, file, damage, message):
     damage(output / "checkpoints" / "step-00000008" / file)
     with pytest.raises(CheckpointError, match=message):
         train(tiny_run(data.config), output, resume=True, data=data, progress=False)
+
+
+class _Touch:
+    """What a pickle that runs code is made of."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def test_no_code_from_a_checkpoint_is_run(output, data, tmp_path):
+    file = output / "checkpoints" / "step-00000008" / METADATA_FILE
+    file.write_bytes(pickle.dumps(_Touch(tmp_path / "ran")))
+    with pytest.raises(CheckpointError, match=r"\.metadata is damaged \(posix\.mkdir does not belong into metadata"):
+        train(tiny_run(data.config), output, resume=True, data=data, progress=False)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_state_holds_plain_data_only(trained):
