@@ -17,7 +17,17 @@ from moesaic.dist import Layout, Meshes, ParallelConfig, clip_grad_norm, paralle
 from moesaic.layer import Experts, Router
 
 BF16 = functools.partial(torch.autocast, "cpu", torch.bfloat16)
-GPT2 = {"model_type": "gpt2", "vocab_size": 61, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 61,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 32,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
 RECURRENT = {"router": {"type": "recurrent", "top_k": 2, "state_size": 5}, "shared_experts": {"num_experts": 1}}
 
 
@@ -97,7 +107,7 @@ def test_losses_are_near_those_of_one_process(
 ) -> None:
     """Within a tenth of the step of bfloat16 at 4, 2^-6: embeddings and norms are rounded, too, and sums have another order."""
     expected = torch.tensor(alone(RECURRENT, backbone))
-    assert expected[-1] < expected[0] - 0.005
+    assert expected[-1] < expected[0] - 0.002
     for losses, seen in run_ranks(world, together, RECURRENT, backbone, parallel, checkpointing):
         torch.testing.assert_close(torch.tensor(losses), expected, rtol=0, atol=5e-4)
         assert seen == {

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -119,6 +120,8 @@ def _shard(
             module.set_force_sum_reduction_for_comms(True)
         elif isinstance(module, nn.Embedding) and param_dtype is not None:
             module.register_forward_hook(functools.partial(_cast_output, module.weight.dtype))
+        elif isinstance(module, nn.LayerNorm) and param_dtype is not None:
+            vars(module)["forward"] = functools.partial(_layer_norm, module)
     if meshes.dense.device_type != "cpu":
         prefetch(model, layers)
 
@@ -149,6 +152,12 @@ def prefetch(model: nn.Module, layers: Sequence[nn.Module]) -> None:
 def _cast_output(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """Embeddings start the stream of hidden states, which autocast leaves in the dtype of the parameters."""
     return output.to(dtype)
+
+
+def _layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
+    """Norm of a stream in a higher precision than the parameters, which autocast casts on GPUs only."""
+    weight, bias = (None if value is None else value.to(x.dtype) for value in (module.weight, module.bias))
+    return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
 
 
 def _spread_experts(block: MoEBlock, meshes: Meshes) -> None:
