@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,9 @@ import pytest
 from tests.distributed.spawn import run_ranks
 from tests.train.builders import data_config, tiny_run, write_corpus
 
-from moesaic.train import CheckpointStore, RunConfig, TrainResult, read_metrics, train
+from moesaic.dist.process import Process
+from moesaic.errors import TrainingError
+from moesaic.train import CheckpointStore, RunConfig, Trainer, TrainResult, loop, read_metrics, train
 
 STEPS = 20
 
@@ -88,3 +93,68 @@ def test_a_run_goes_on_with_any_number_of_processes(corpus: Path, tmp_path: Path
                 shutil.rmtree(path)
     for found, expected in zip(numbers(together / "metrics.jsonl"), numbers(alone.metrics_file), strict=True):
         assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_metrics_tell_how_processes_differ(corpus: Path, tmp_path: Path) -> None:
+    run = run_of(corpus, {"ep": 2}, steps=2, eval_every=None)
+    first, second = run_ranks(2, trained, run, tmp_path, corpus / "cache")
+    assert first.metrics_file == second.metrics_file
+    records = [record for record in read_metrics(first.metrics_file) if record["type"] == "train"]
+    assert [record["step"] for record in records] == [1, 2]  # once for all
+    ranks = records[-1]["ranks"]
+    assert ranks["processes"] == 2
+    assert 0 < ranks["step_seconds"]["min"] <= ranks["step_seconds"]["mean"] <= ranks["step_seconds"]["max"]
+    assert ranks["all_to_all"]["bytes"] > 0
+    assert ranks["all_to_all"]["seconds"]["max"] > 0
+    assert 0 <= ranks["rank_violation"]["worst"] <= 1
+
+
+def stopped(run: RunConfig, output: Path, cache: Path, number: int) -> TrainResult:
+    """Training in which the last rank gets a signal in its third step."""
+    step = Trainer.train_step
+
+    def signalled(trainer: Trainer) -> Any:
+        process = trainer.ranks.process
+        if trainer.step == 2 and process.rank == process.world - 1:
+            signal.raise_signal(number)
+        return step(trainer)
+
+    Trainer.train_step = signalled  # type: ignore[method-assign]
+    return trained(run, output, cache)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_stops_all_with_a_checkpoint_that_any_number_resumes(
+    corpus: Path, tmp_path: Path, number: int
+) -> None:
+    run = run_of(corpus, {"ep": 2}, steps=6, eval_every=None)
+    whole = trained(run_of(corpus, steps=6, eval_every=None), tmp_path / "whole", corpus / "cache")
+    results = run_ranks(2, stopped, run, tmp_path / "stopped", corpus / "cache", int(number))
+    assert [(result.step, result.signal, result.exit_code) for result in results] == [(3, number, 128 + number)] * 2
+    resumed = trained(run_of(corpus, steps=6, eval_every=None), tmp_path / "stopped", corpus / "cache")
+    assert resumed.finished
+    for found, expected in zip(numbers(resumed.metrics_file), numbers(whole.metrics_file), strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def fails_together(run: RunConfig, output: Path, cache: Path) -> str:
+    """The error of a training in which the loss of one rank is not finite."""
+    objective = loop.language_model_objective
+
+    def broken(model: Any, inputs: Any, num_items: int) -> Any:
+        found = objective(model, inputs, num_items)
+        bad = Process.of_environment().rank == 1
+        return replace(found, cross_entropy=found.cross_entropy * (math.nan if bad else 1))
+
+    loop.language_model_objective = broken
+    try:
+        trained(run, output, cache)
+    except TrainingError as error:
+        return str(error)
+    return ""
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all_with_the_same_error(corpus: Path, tmp_path: Path) -> None:
+    first, second = run_ranks(2, fails_together, run_of(corpus, steps=2), tmp_path, corpus / "cache")
+    assert first.startswith("step 1: the cross entropy is nan")
+    assert first == second

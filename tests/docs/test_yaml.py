@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from markdown_it import MarkdownIt
+from torch.distributed.run import get_args_parser
 
 from moesaic.layer import MoESpec
 from moesaic.train import RunConfig
@@ -38,5 +40,48 @@ def test_yaml_shown_is_valid(text: str) -> None:
     RunConfig.from_dict({"backbone": BACKBONE, **section, "moe": moe})
 
 
+def fenced(language: str) -> list[Any]:
+    """Blocks of one kind in docs, with their place."""
+    return [
+        pytest.param(token.content, id=f"{page.stem}:{token.map[0] + 1}")
+        for page in sorted((ROOT / "docs").rglob("*.md"))
+        for token in MarkdownIt().parse(page.read_text(encoding="utf-8"))
+        if token.info == language and token.map
+    ]
+
+
+@pytest.mark.parametrize("text", fenced("yml"))
+def test_manifests_shown_run_a_command_that_exists(text: str) -> None:
+    """Kubernetes manifests: YAML, whose containers call torchrun with arguments that it and we know."""
+    found = [document for document in yaml.safe_load_all(text) if "containers" in str(document)]
+    assert found
+    for document in found:
+        assert document["apiVersion"]
+        assert document["kind"]
+        [command] = commands_of(document)
+        options = get_args_parser().parse_args(command[1:])
+        assert options.training_script == "moesaic"
+        assert options.module
+        assert options.training_script_args[0] == "train"
+
+
+def commands_of(value: Any) -> list[list[str]]:
+    """Every `command` in a manifest."""
+    if isinstance(value, list):
+        return [found for part in value for found in commands_of(part)]
+    if not isinstance(value, dict):
+        return []
+    own = [value["command"]] if "command" in value else []
+    return own + [found for part in value.values() for found in commands_of(part)]
+
+
+@pytest.mark.parametrize("text", fenced("sh"))
+def test_scripts_shown_are_valid_shell(text: str) -> None:
+    checked = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+
+
 def test_there_are_some() -> None:
     assert len(shown()) >= 4
+    assert len(fenced("yml")) >= 2
+    assert len(fenced("sh")) >= 1

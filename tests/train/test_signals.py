@@ -44,6 +44,20 @@ def test_the_second_signal_stops_at_once():
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_repeat_right_after_the_first_is_the_same_signal():
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with StopSignals(repeat_seconds=0.2) as stop:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.received == signal.SIGTERM
+            time.sleep(0.25)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_another_thread_leaves_signals_alone():
     seen = []
 

@@ -37,6 +37,7 @@ from moesaic.train.start import start_model
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
+_REPEAT_SECONDS = 5.0  # in which a second signal to one of several processes is taken for the first
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class Trainer:
         self.optimizer = build_optimizer(model, run.train, model.device)
         process = self.ranks.process
         self.batches = data.train_batches(shard_index=process.rank, num_shards=process.world)
-        self.stop = StopSignals()
+        self.stop = StopSignals(_REPEAT_SECONDS if process.distributed else 0.0)
         self.step = self.tokens = 0
         self._saved_step: int | None = None
         self.validation: dict[str, Evaluation] = {}

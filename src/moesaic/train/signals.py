@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -13,14 +14,19 @@ class StopSignals:
 
     Signals can only be handled in the main thread; elsewhere this does nothing.
 
+    Args:
+        repeat_seconds: so long after the first one, others are taken for the same: a scheduler that signals all processes of
+            a job and a launcher that passes on what it gets both send one.
+
     Attributes:
         received: number of the signal that was noted, or None.
     """
 
     _HANDLED = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, repeat_seconds: float = 0.0) -> None:
         self.received: int | None = None
+        self._repeat_seconds, self._received_at = repeat_seconds, 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -41,8 +47,8 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
-            self.received = number
-        else:
+            self.received, self._received_at = number, time.monotonic()
+        elif time.monotonic() - self._received_at >= self._repeat_seconds:
             self.received = number
             self.act()
 
