@@ -143,6 +143,7 @@ def test_bad_configurations_are_refused_before_anything_starts(start: Callable[.
     assert "parallel.ep = 3 does not divide the 2 processes; choose from [1, 2]" in " ".join(text.split())
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_killed_worker_at_the_same_size(folder: Path, start: Callable[..., Command]) -> None:
     command = start("torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "moesaic")
     command.until_step(12)
