@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import sys
@@ -17,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 import moesaic
 from moesaic.cli import bench, convert, demo, evaluate, export, generate, inspect, plan, reproduce, train, upcycle
-from moesaic.cli.console import errors
+from moesaic.cli.console import errors, stdout_for_json
 from moesaic.dist.launch import WorkerFailed, record_failure, seconds_to_wait
 from moesaic.dist.process import LostPeer, Process
 from moesaic.errors import MoesaicError
@@ -88,7 +89,8 @@ def main() -> None:
     if debug:  # accepted before and after the command
         sys.argv = [sys.argv[0], "--debug", *(argument for argument in sys.argv[1:] if argument != "--debug")]
     try:
-        app()
+        with stdout_for_json() if "--json" in sys.argv else contextlib.nullcontext():
+            app()
     except WorkerFailed as error:
         if error.message is not None:
             _print_error(error.message)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from typing import Annotated, Any
+import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -18,6 +22,20 @@ Set = Annotated[
 ]
 
 
+_stdout: ContextVar[TextIO | None] = ContextVar("stdout", default=None)
+
+
+@contextlib.contextmanager
+def stdout_for_json() -> Iterator[None]:
+    """While entered, stdout is `emit_json`'s alone: what libraries print (DeepSpeed does, once imported) goes to stderr."""
+    token = _stdout.set(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _stdout.reset(token)
+
+
 def emit_json(value: Any) -> None:
     """Print one JSON document on stdout."""
-    typer.echo(json.dumps(value, indent=2, default=str))
+    print(json.dumps(value, indent=2, default=str), file=_stdout.get() or sys.stdout, flush=True)

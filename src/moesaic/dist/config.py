@@ -33,7 +33,7 @@ class ParallelConfig(Config):
             which sends fewer, larger messages between hosts; "auto" takes it where a group spans hosts with several
             processes each.
         partition_embedding: give each process some columns of the token embedding instead of a copy of it whose gradient
-            must be summed (SE-MoE, section 2.7).
+            must be summed (SE-MoE).
         timeout_seconds: after this long without an answer from another process a run fails.
     """
 
