@@ -9,51 +9,26 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed.spawn import run_ranks
-from tests.hf.tiny import backbone_config, token_ids
-from tests.layer.router_rows import MODALITIES, ROUTERS, TASKS, N
-from torch import Tensor
+from tests.hf.router_models import extras, inputs, router_model
+from tests.layer.router_rows import ROUTERS
 from torch.distributed.tensor import DTensor
 
-import moesaic
-from moesaic import MoESpec
 from moesaic.dist import Layout, Meshes, ParallelConfig, parallelize, sync_replicated
 
-VOCABULARY, NEW_TOKENS = 11, 5  # the vocabulary is that of the rows whose routers hold a table of tokens
-
-
-def spec_of(name: str) -> MoESpec:
-    return MoESpec.from_dict(
-        {
-            "experts": {"num_experts": N, "intermediate_size": 12},
-            "router": ROUTERS[name].values,
-            "layers": {"only": [0, 2]},  # a dense layer between
-            "balance": [{"type": "load_balancing", "coefficient": 0.1}],
-        },
-        where="moe",
-    )
+NEW_TOKENS = 5
 
 
 def compare(name: str, parallel: dict[str, Any]) -> None:
     """On each rank: a model whose experts are spread gives what its copy that is whole gives for the same tokens."""
-    spec = spec_of(name)
-    torch.manual_seed(0)
-    whole: Any = moesaic.build(backbone_config("llama", vocab_size=VOCABULARY), spec)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter_name, parameter in whole.named_parameters():
-            if "norm" not in parameter_name:
-                parameter.normal_(std=0.2, generator=generator)
+    whole: Any = router_model(name)
+    spec = whole.config.spec
     whole.set_training_progress(0.5)
     config = ParallelConfig.from_dict(parallel)
     spread = copy.deepcopy(whole)
     sharded = parallelize(spread, Meshes.of(Layout.of(config, dist.get_world_size(), spec), "cpu"), config)
 
-    ids_BS = token_ids(2, 9, seed=dist.get_rank()) % (VOCABULARY - 3) + 3
-    extra: dict[str, Tensor] = {}
-    if "modality" in spec.needs:
-        extra["modality_ids"] = ids_BS % MODALITIES
-    if "task" in spec.needs:
-        extra["task_ids"] = torch.arange(len(ids_BS)) % TASKS
+    ids_BS = inputs(seed=dist.get_rank())["input_ids"]
+    extra = extras(whole, ids_BS)
     outputs = []
     for model in (whole, spread):
         torch.manual_seed(7)

@@ -8,57 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hf.tiny import backbone_config, token_ids
-from tests.layer.router_rows import MODALITIES, ROUTERS, TASKS, N
+from tests.hf.router_models import extras, inputs, router_model
+from tests.layer.router_rows import ROUTERS, N
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import moesaic
-from moesaic import MoesaicForCausalLM, MoESpec
+from moesaic import MoesaicForCausalLM
 from moesaic.errors import ConfigError, UnsupportedDecoding
 from moesaic.layer import loads_of
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-VOCABULARY = 11  # that of the rows whose routers hold a table of tokens
-
-
-def spec_of(name: str) -> MoESpec:
-    return MoESpec.from_dict(
-        {
-            "experts": {"num_experts": N, "intermediate_size": 12},
-            "router": ROUTERS[name].values,
-            "layers": {"only": [0, 2]},  # a dense layer between
-            "balance": [{"type": "load_balancing", "coefficient": 0.1}],
-        },
-        where="moe",
-    )
 
 
 @pytest.fixture(scope="module", params=ROUTERS)
 def model(request: pytest.FixtureRequest) -> MoesaicForCausalLM:
-    torch.manual_seed(0)
-    model = moesaic.build(backbone_config("llama", vocab_size=VOCABULARY), spec_of(request.param))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                parameter.normal_(std=0.2, generator=generator)
-    return model.eval()
-
-
-def inputs(batch: int = 2, length: int = 9, seed: int = 1) -> dict[str, Tensor]:
-    ids = token_ids(batch, length, seed) % (VOCABULARY - 3) + 3
-    return {"input_ids": ids}
-
-
-def extras(model: MoesaicForCausalLM, ids: Tensor) -> dict[str, Tensor]:
-    needs = model.config.spec.router.needs
-    found = {}
-    if "modality" in needs:
-        found["modality_ids"] = ids % MODALITIES
-    if "task" in needs:
-        found["task_ids"] = torch.arange(ids.shape[0]) % TASKS
-    return found
+    return router_model(request.param).eval()
 
 
 def run(model: MoesaicForCausalLM, ids: Tensor, **arguments: Any) -> Any:
