@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -26,6 +26,8 @@ from moesaic.errors import ConfigError, UnsupportedModel
 from moesaic.hf import MoesaicModel
 from moesaic.hf.backbone import decoder_layers
 from moesaic.layer import Experts, MoEBlock
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -74,6 +76,7 @@ def parallelize(
     """
     blocks = blocks_of(model)
     traffic, node_groups = Traffic(), _node_groups(meshes, config)
+    logger.info("%s; %s", meshes.layout, _exchange_in_words(config, meshes, hierarchical=node_groups is not None))
     for block in blocks:
         _spread_experts(block, meshes)
         block.dispatch = ExpertParallel(
@@ -121,7 +124,9 @@ def _shard(
         elif isinstance(module, nn.Embedding) and param_dtype is not None:
             module.register_forward_hook(functools.partial(_cast_output, module.weight.dtype))
         elif isinstance(module, nn.LayerNorm) and param_dtype is not None:
-            vars(module)["forward"] = functools.partial(_layer_norm, module)
+            # CPU kernels of layer norm take one dtype; autocast, which casts for those of GPUs, leaves them alone.
+            module.register_forward_pre_hook(functools.partial(_cast_input, param_dtype))
+            module.register_forward_hook(functools.partial(_cast_output, module.weight.dtype))
     if meshes.dense.device_type != "cpu":
         prefetch(model, layers)
 
@@ -149,15 +154,13 @@ def prefetch(model: nn.Module, layers: Sequence[nn.Module]) -> None:
         upper[0].set_modules_to_backward_prefetch(lower)
 
 
+def _cast_input(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0].to(dtype), *args[1:])
+
+
 def _cast_output(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Embeddings start the stream of hidden states, which autocast leaves in the dtype of the parameters."""
+    """What embeddings and norms give to the stream of hidden states, which autocast leaves in the parameters' own dtype."""
     return output.to(dtype)
-
-
-def _layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
-    """Norm of a stream in a higher precision than the parameters, which autocast casts on GPUs only."""
-    weight, bias = (None if value is None else value.to(x.dtype) for value in (module.weight, module.bias))
-    return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
 
 
 def _spread_experts(block: MoEBlock, meshes: Meshes) -> None:
@@ -191,6 +194,18 @@ def _node_groups(meshes: Meshes, config: ParallelConfig) -> tuple[dist.ProcessGr
         if not spans or config.exchange == "all_gather":
             return None
     return groups_by_node(meshes.sparse, "ep", min(per_node, layout.ep))
+
+
+def _exchange_in_words(config: ParallelConfig, meshes: Meshes, *, hierarchical: bool) -> str:
+    """For the log: which exchange runs, and why."""
+    if meshes.layout.ep == 1:
+        return "every process has all experts, or its slice of each: no all-to-all"
+    if config.exchange == "all_gather":
+        return "every process of an expert-parallel group gets all tokens (parallel.exchange)"
+    steps = "in two steps, within hosts and between them" if hierarchical else "in one step"
+    host = f"{ranks_per_node()} processes share a host"
+    why = host if config.all_to_all == "auto" else "parallel.all_to_all"
+    return f"{config.exchange} all-to-all {steps} ({why})"
 
 
 def _names(experts: nn.Module) -> dict[nn.Parameter, str]:
