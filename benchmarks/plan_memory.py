@@ -162,6 +162,7 @@ def _rank(rank: int, case: Case, folder: str) -> None:
     memory = measure_step(model, optimizer, backward, update)
     with SentBytes() as sent:
         backward()
+        update()
     torch.save((memory, sent.by_collective), f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -176,12 +177,9 @@ def row(case: Case, candidate: Candidate, ranks: list[tuple[Measured, dict[str, 
         cells.append(f"{found / 1e6:.2f} ({getattr(memory, name) / found:.3f})")
     peak = fmean(rank.peak for rank, _ in ranks)
     cells += [f"{memory.peak / 1e6:.1f}", f"{peak / 1e6:.1f}", f"**{memory.peak / peak:.3f}**"]
-    fsdp = sum(flow.bytes for flow in candidate.flows if flow.name.startswith(("gather", "reduce")))
-    tokens = sum(
-        flow.bytes for flow in candidate.flows if flow.name.startswith(("send", "fetch", "share", "embedding"))
-    )
-    sent = fmean(sum(counts.values()) - counts["all_reduce"] for _, counts in ranks)
-    cells.append("-" if case.world == 1 else f"{(fsdp + tokens) / 1e6:.1f} / {sent / 1e6:.1f}")
+    planned = sum(flow.bytes for flow in candidate.flows)
+    sent = fmean(sum(counts.values()) for _, counts in ranks)
+    cells.append("-" if case.world == 1 else f"{planned / 1e6:.1f} / {sent / 1e6:.1f}")
     return f"| {' | '.join(cells)} |"
 
 
@@ -201,8 +199,8 @@ A llama of width {BACKBONE["hidden_size"]} with {BACKBONE["num_hidden_layers"]} 
 a shared expert; {ROWS} sequences of {LENGTH} tokens. Parameters, gradients and optimiser are the bytes of their storages
 on the rank with most, in MB, with predicted over measured in parentheses. The peak is the most that PyTorch's allocator
 had given out at once in the second step, mean over ranks, since a router that has learnt nothing does not balance its
-load as the prediction does. The last column is what a rank sends in a step to gather parameters, reduce gradients and
-move tokens, in MB.
+load as the prediction does. The last column is all that a rank sends in a step, in MB: parameters gathered, gradients
+reduced and summed over replicas, tokens.
 
 | ranks | layout and step | parameters | gradients | optimiser | peak predicted | measured | ratio | sent: predicted / counted |
 |---|---|---|---|---|---|---|---|---|

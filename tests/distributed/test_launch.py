@@ -100,6 +100,11 @@ def gone(processes: list[int], seconds: float = 10) -> bool:
     return not any(alive(process) for process in processes)
 
 
+def answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("localhost", port)) == 0
+
+
 def assert_same_losses(folder: Path, metrics: Path) -> None:
     found, expected = numbers(metrics), numbers(folder / "alone" / "metrics.jsonl")
     assert [record["step"] for record in found] == [record["step"] for record in expected]
@@ -174,7 +179,10 @@ def test_a_lost_host_leaves_the_rest_to_go_on(folder: Path, start: Callable[...,
         "-m",
         "moesaic",
     ]
-    stays, lost = start(*agent), start(*agent)
+    stays = start(*agent)
+    # The agent that holds the rendezvous must not be the one that is lost.
+    stays.until(lambda: answers(port))
+    lost = start(*agent)
     stays.until(lambda: any(count == 2 and step >= 12 for step, count in sizes(stays)))
     worker = lost.children()
     os.kill(lost.process.pid, signal.SIGKILL)
