@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Partial
 
 from moesaic.errors import UnsupportedKernel
@@ -107,4 +108,14 @@ def _padded(bias_NX: Tensor, parameter: Tensor) -> Tensor:
 def _gathered(parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return parameter
+    if parameter.requires_grad:
+        parameter = cast(DTensor, parameter.view_as(parameter))
+        parameter.register_hook(_settle)
     return parameter.full_tensor(grad_placements=[Partial()] * parameter.device_mesh.ndim)
+
+
+def _settle(gradient: Tensor) -> None:
+    """Wait for the collective that sums a gradient, which torch leaves running, before anybody drops or copies its result."""
+    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    if isinstance(local, AsyncCollectiveTensor):
+        local.wait()
