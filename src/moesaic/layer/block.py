@@ -120,8 +120,8 @@ class MoEBlock(nn.Module):
             routing = passing.record(routing, context)
         if context is not None:
             context.commit(self.layer, routing)
-        shared_TD = None
         if routing.assignment is not None:
+            shared_TD = self._shared(x_TD, passing)
             y_TD = routing.assignment.run(self._run_experts, x_TD)
         else:
             travel = self.dispatch.send(x_TD, routing.index_TK, routing.weight_TK, slots=self._slots(routing, inside))
@@ -129,8 +129,6 @@ class MoEBlock(nn.Module):
             y_TD = travel.combine(self.experts(*travel.arrive()))
         if routing.identity_weight_T is not None:
             y_TD = y_TD + (routing.identity_weight_T.unsqueeze(-1) * x_TD).to(y_TD.dtype)
-        if routing.assignment is not None:
-            shared_TD = self._shared(x_TD, passing)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
         if passing is not None:
