@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moesaic.trace.accounting import Accounting, Count, LayerPlan, account
 from moesaic.trace.batches import trace_batches
+from moesaic.trace.header import LayerFacts, TraceHeader, tokenizer_fingerprint
 from moesaic.trace.metrics import (
     FrequencyBucket,
     TokenShare,
@@ -28,6 +29,7 @@ from moesaic.trace.router_statistics import (
     router_statistics,
     watch_state,
 )
+from moesaic.trace.rows import RoutingLog, Rows, TokenColumns
 from moesaic.trace.specialisation import (
     cross_layer_information,
     domain_information,
@@ -41,14 +43,19 @@ __all__ = [
     "Accounting",
     "Count",
     "FrequencyBucket",
+    "LayerFacts",
     "LayerPlan",
     "LayerTrace",
     "PositionCounts",
     "RouterStatistics",
+    "RoutingLog",
     "RoutingTrace",
+    "Rows",
     "StateInfluence",
     "StatisticsTables",
+    "TokenColumns",
     "TokenShare",
+    "TraceHeader",
     "account",
     "coactivation",
     "coactivation_counts",
@@ -67,6 +74,7 @@ __all__ = [
     "record",
     "relative_load",
     "router_statistics",
+    "tokenizer_fingerprint",
     "top_tokens",
     "trace_batches",
     "watch_state",
