@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from moesaic.errors import ConfigError
 from moesaic.hf.compat import backbone_class, initialization, on_meta_device, without_storage
 from moesaic.hf.experts import MoesaicExperts
 from moesaic.hf.families import Family, family_of
@@ -39,8 +41,16 @@ class BackboneMoEBlock(MoEBlock):
     several forward passes are open at once.
     """
 
-    def __init__(self, spec: MoESpec, hidden_size: int, layer: int, experts: nn.Module, returns_tuple: bool) -> None:
-        super().__init__(spec, hidden_size, layer, experts)
+    def __init__(
+        self,
+        spec: MoESpec,
+        hidden_size: int,
+        layer: int,
+        experts: nn.Module,
+        norm: nn.Module | None,
+        returns_tuple: bool,
+    ) -> None:
+        super().__init__(spec, hidden_size, layer, experts, norm)
         self.returns_tuple = returns_tuple
         self.context: RoutingContext | None = None
 
@@ -48,6 +58,12 @@ class BackboneMoEBlock(MoEBlock):
         """Forward pre-hook of the layer's attention: keep the context and take it out of the keywords."""
         self.context = take_context(kwargs)
         return args, kwargs
+
+    def finish_layer(self, layer: nn.Module, args: tuple, output: Any) -> Any:
+        """Forward hook of the layer: shared experts placed "after" work on its output."""
+        if isinstance(output, tuple):
+            return self.follow(output[0]), *output[1:]
+        return self.follow(output)
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Any:
         y = super().forward(x, context or self.context)
@@ -124,11 +140,33 @@ def _place(
     layer: nn.Module, index: int, family: Family, config: PreTrainedConfig, owner: PreTrainedConfig, spec: MoESpec
 ) -> MoEBlock:
     experts = MoesaicExperts(owner, spec.experts, config.hidden_size, may_skip=spec.may_skip)
-    block = BackboneMoEBlock(spec, config.hidden_size, index, experts, family.returns_tuple)
+    follows = spec.shared_experts is not None and spec.shared_experts.placement == "after"
+    norm = _norm_like(layer, family, config) if follows else None
+    block = BackboneMoEBlock(spec, config.hidden_size, index, experts, norm, family.returns_tuple)
     setattr(layer, family.feed_forward, block)
+    if follows:
+        # Inside what gradient checkpointing repeats and FSDP gathers, and before whoever captures hidden states.
+        layer.register_forward_hook(block.finish_layer)
     attention = cast(nn.Module, getattr(layer, family.attention))
     attention.register_forward_pre_hook(block.receive_context, with_kwargs=True)
     return block
+
+
+def _norm_like(layer: nn.Module, family: Family, config: PreTrainedConfig) -> nn.Module:
+    """Another norm like that before the layer's feed-forward network.
+
+    Raises:
+        ConfigError: if the family does more around a feed-forward network than that norm and a residual.
+    """
+    reason = None
+    if family.norm is None:
+        reason = f"is not known for {config.model_type}, which normalises the output of feed-forward networks"
+    elif getattr(config, "residual_multiplier", 1.0) != 1.0:
+        reason = f"does not go with residual_multiplier = {config.residual_multiplier} of the backbone"
+    if reason is not None:
+        raise ConfigError("moe.shared_experts.placement", "after", reason, "use placement: parallel")
+    assert family.norm is not None
+    return copy.deepcopy(cast(nn.Module, getattr(layer, family.norm)))
 
 
 def moe_blocks(backbone: PreTrainedModel) -> dict[int, MoEBlock]:

@@ -37,6 +37,7 @@ class Family:
         layers: attribute of the base model that lists its decoder layers.
         attention: attribute of a layer that holds attention; it runs before the feed-forward network.
         feed_forward: attribute of a layer that holds the feed-forward network or MoE block.
+        norm: attribute of a layer that holds the norm before its feed-forward network; None where another one follows it.
         activation: config field with the activation's name.
         dropout: config field with the dropout that the feed-forward network applies to its output, if it does.
         returns_tuple: the layer unpacks its MoE block's output as (hidden, scores).
@@ -46,6 +47,7 @@ class Family:
     layers: str = "layers"
     attention: str = "self_attn"
     feed_forward: str = "mlp"
+    norm: str | None = "post_attention_layernorm"
     activation: str = "hidden_act"
     dropout: str | None = None
     returns_tuple: bool = False
@@ -58,15 +60,15 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(),
     "qwen3": Family(),
     "olmo": Family(),
-    "olmo2": Family(),
+    "olmo2": Family(norm=None),
     "smollm3": Family(),
     "phi3": Family(),
     "granite": Family(finish_logits=_divide_logits),
     "gemma": Family(),
-    "gemma2": Family(activation="hidden_activation", finish_logits=_soft_cap_logits),
-    "gemma3_text": Family(activation="hidden_activation", finish_logits=_soft_cap_logits),
+    "gemma2": Family(norm=None, activation="hidden_activation", finish_logits=_soft_cap_logits),
+    "gemma3_text": Family(norm=None, activation="hidden_activation", finish_logits=_soft_cap_logits),
     "starcoder2": Family(dropout="residual_dropout"),
-    "gpt2": Family(layers="h", attention="attn", activation="activation_function", dropout="resid_pdrop"),
+    "gpt2": Family(layers="h", attention="attn", norm="ln_2", activation="activation_function", dropout="resid_pdrop"),
     "gpt_neox": Family(attention="attention"),
     # Families whose stock layers hold MoE blocks.
     "mixtral": Family(),
@@ -82,7 +84,7 @@ FAMILIES: dict[str, Family] = {
     "solar_open": Family(),
     "hunyuan_v1_moe": Family(),
     "mellum": Family(),
-    "flex_olmo": Family(),
+    "flex_olmo": Family(norm=None),
     "gpt_oss": Family(returns_tuple=True),
     "granitemoe": Family(feed_forward="block_sparse_moe", finish_logits=_divide_logits),
 }

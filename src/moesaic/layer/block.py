@@ -26,13 +26,15 @@ class MoEBlock(nn.Module):
 
     Children are named as in transformers, PEFT and vLLM: `gate` (the router), `experts`, `shared_experts`, and
     `shared_expert_gate` where the shared experts are scaled by a sigmoid. `depth_gate` decides which tokens pass the
-    block where some may not.
+    block where some may not. Shared experts placed "after" are not part of the sum: whoever owns the block calls `follow`
+    on what the decoder layer makes of it, and `shared_norm` is their norm.
 
     Args:
         spec: what to build.
         hidden_size: D.
         layer: index of the decoder layer, under which the routing is recorded.
         experts: experts module to use instead of `Experts` (adapters and compressed experts come in here).
+        norm: norm of shared experts placed "after"; an RMSNorm of epsilon 1e-6 if None.
 
     Attributes:
         dispatch: how tokens reach experts; expert parallelism sets it.
@@ -41,7 +43,14 @@ class MoEBlock(nn.Module):
     dispatch: Dispatch = LOCAL
     adaptive_coefficients: Tensor | None
 
-    def __init__(self, spec: MoESpec, hidden_size: int, layer: int = 0, experts: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        spec: MoESpec,
+        hidden_size: int,
+        layer: int = 0,
+        experts: nn.Module | None = None,
+        norm: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.gate: Router = spec.router.build(hidden_size, spec.experts.num_experts)
@@ -52,7 +61,7 @@ class MoEBlock(nn.Module):
         self.experts = experts if experts is not None else Experts(spec.experts, hidden_size)
         if isinstance(self.experts, Experts):
             self.experts.may_skip = spec.may_skip
-        self.shared_experts = self.shared_expert_gate = None
+        self.shared_experts = self.shared_expert_gate = self.shared_norm = None
         if spec.shared_experts is not None:
             self.shared_experts = SharedExperts(
                 hidden_size,
@@ -63,6 +72,8 @@ class MoEBlock(nn.Module):
             )
             if spec.shared_experts.sigmoid_gate:
                 self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False)
+            if spec.shared_experts.placement == "after":
+                self.shared_norm = nn.RMSNorm(hidden_size, eps=1e-6) if norm is None else norm
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
         self.selection_bias_update = spec.selection_bias_update
         self.adaptive_losses = tuple(loss for loss in spec.balance if loss.adaptive is not None)
@@ -143,6 +154,13 @@ class MoEBlock(nn.Module):
                 y_TD = context.objective.attach(y_TD, self.layer, routing, context)
         return y_TD.view(x.shape)
 
+    def follow(self, hidden: Tensor) -> Tensor:
+        """hidden + shared(norm(hidden)) for shared experts placed "after", on the output (..., D) of the decoder layer."""
+        assert self.shared_experts is not None
+        assert self.shared_norm is not None
+        y = self.shared_experts(self.shared_norm(hidden))
+        return hidden + (y if self.dropout is None else self.dropout(y))
+
     def _passing(self, x_TD: Tensor, context: RoutingContext | None) -> Passing | None:
         if self.depth is None or self.depth_gate is None:
             return None
@@ -167,8 +185,8 @@ class MoEBlock(nn.Module):
         return travel.combine(self.experts(*travel.arrive()))
 
     def _shared(self, x_TD: Tensor, passing: Passing | None) -> Tensor | None:
-        """Outputs of the shared experts, 0 for tokens that don't pass the block; None without shared experts."""
-        if self.shared_experts is None:
+        """Outputs of the shared experts, 0 for tokens that don't pass the block; None if there are none in parallel."""
+        if self.shared_experts is None or self.shared_norm is not None:
             return None
         # How many pass is not known to a compiler; it computes all, and the others' outputs are cleared later.
         if passing is not None and not torch.compiler.is_compiling():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import PositiveInt
+from typing import Literal
+
+from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from moesaic.configuration import Config
+from moesaic.errors import ConfigError
 from moesaic.layer.activations import ACTIVATIONS
 from moesaic.layer.experts import ActivationName
 
@@ -17,11 +20,22 @@ class SharedExpertsConfig(Config):
         num_experts: how many; they are stored as one network of `num_experts` times the width, which is the same.
         intermediate_size: width of each; None takes the routed experts' width.
         sigmoid_gate: scale their output by the sigmoid of a learned linear map of the token (Qwen2-MoE).
+        placement: "parallel" adds their output to that of the routed experts, from the same input. "after" makes them a
+            feed-forward network with residual and norm of its own behind the decoder layer: y = x + MoE(norm_a(x)), then
+            y + FFN(norm_b(y)), as in ST-MoE (arXiv 2202.08906) and in the code of OpenMoE (2402.01739), whose equation 4
+            says "parallel".
     """
 
     num_experts: PositiveInt = 1
     intermediate_size: PositiveInt | None = None
     sigmoid_gate: bool = False
+    placement: Literal["parallel", "after"] = "parallel"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SharedExpertsConfig:
+        if self.sigmoid_gate and self.placement == "after":
+            raise ConfigError("sigmoid_gate", True, "does not go with placement: after", "set one of the two")
+        return self
 
 
 class SharedExperts(nn.Module):

@@ -135,6 +135,13 @@ class MoESpec(Config):
                 f"finds no bias in router {self.router.type}",
                 "give it `selection_bias: true`, or leave the update out",
             )
+        if self.depth is not None and self.shared_experts is not None and self.shared_experts.placement == "after":
+            raise ConfigError(
+                "shared_experts.placement",
+                "after",
+                "does not go with depth, which lets tokens skip the whole block",
+                "use placement: parallel",
+            )
         if self.shared_experts is not None and self.experts.activation == "clamped_swiglu":
             raise ConfigError("shared_experts", self.shared_experts.to_dict(), "can't use clamped_swiglu", "use silu")
         return self

@@ -111,6 +111,7 @@ def _meaning(spec: MoESpec, num_layers: int) -> dict[str, Any]:
         **{f"experts.{name}": value for name, value in experts.items()},
         **{f"router.{name}": value for name, value in router.items()},
         "shared_experts width": spec.shared_width,
+        "shared_experts.placement": "parallel" if spec.shared_experts is None else spec.shared_experts.placement,
         "shared_experts.sigmoid_gate": spec.shared_experts is not None and spec.shared_experts.sigmoid_gate,
         "capacity": None if spec.capacity is None else spec.capacity.to_dict(),
         "depth": None if spec.depth is None else spec.depth.to_dict(),

@@ -56,7 +56,8 @@ class FastBlock:
     def __call__(self, x_B1D: Tensor, residual: Tensor, context: RoutingContext | None) -> Tensor:
         """residual + block(x), whose routing is committed to `context` if there is one."""
         block = self._block
-        shared = self._is_ours and block.shared_experts is not None
+        # Those placed after the layer belong to a hook of it, which runs in any case.
+        shared = self._is_ours and block.shared_experts is not None and block.shared_norm is None
         y_B1D, picks = self._plan(x_B1D, None if shared else residual)
         if context is not None:
             context.commit(block.layer, record_of(picks))
