@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from moesaic.layer.kernels.native import library
-from moesaic.layer.kernels.native.call import experts_call, fresh, is_transposed, order, rows_of, weight_rows_of
+from moesaic.layer.kernels.native.call import experts_call, is_transposed, order, rows_of, weight_rows_of
+from moesaic.layer.kernels.native.kept import kept_or_fresh
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -101,8 +102,8 @@ def _grad_of(weight_NOI: Tensor) -> Tensor:
     """Memory for a weight's gradient, packed in the weight's own layout."""
     experts, outputs, inputs = weight_NOI.shape
     if is_transposed(weight_NOI):
-        return fresh((experts, inputs, outputs), weight_NOI.dtype).transpose(1, 2)
-    return fresh((experts, outputs, inputs), weight_NOI.dtype)
+        return kept_or_fresh((experts, inputs, outputs), weight_NOI).transpose(1, 2)
+    return kept_or_fresh((experts, outputs, inputs), weight_NOI)
 
 
 @native_experts_backward.register_fake

@@ -128,7 +128,7 @@ static void sums_task(void *context, long task, int worker) {
 static void weight_grad_block(pass *p, moesaic_operand left, moesaic_operand right, const moesaic_segment *expert, long height,
                               long width, long block, char *grad) {
     long across = parts_of(width, BLOCK_COLUMNS), i = block / across * BLOCK_ROWS, j = block % across * BLOCK_COLUMNS;
-    long rows = least(height - i, BLOCK_ROWS), columns = least(width - j, BLOCK_COLUMNS), ldc;
+    long rows = least(height - i, BLOCK_ROWS), columns = least(width - j, BLOCK_COLUMNS);
     char *out = grad + (expert->expert * height * width + i * width + j) * p->size;
     if (expert->start == expert->end) {
         for (long r = 0; r < rows; r++) memset(out + r * width * p->size, 0, (size_t)(columns * p->size));
@@ -136,12 +136,8 @@ static void weight_grad_block(pass *p, moesaic_operand left, moesaic_operand rig
     }
     left.offset = i;
     right.offset = j;
-    const float *c = moesaic_product(p->forward->type, &left, rows, &right, columns, expert->end - expert->start, &ldc);
-    if (!c) {
-        p->failed = 1;
-        return;
-    }
-    for (long r = 0; r < rows; r++) p->isa->narrow[p->forward->type](c + r * ldc, out + r * width * p->size, columns);
+    long k = expert->end - expert->start;
+    if (!moesaic_product_to(p->forward->type, &left, rows, &right, columns, k, out, width * p->size)) p->failed = 1;
 }
 
 static long weight_grad_blocks(long height, long width) {

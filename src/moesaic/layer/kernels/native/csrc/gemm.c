@@ -5,8 +5,7 @@
 #include "threads.h"
 
 enum {
-    K_UNITS = 256,        /* elements of 32 bits along k of a packed panel: one of B fills the first-level cache */
-    K_MOST = 2 * K_UNITS, /* bfloat16 comes in pairs; also the most rows of a block */
+    K_MOST = 2 * K_UNITS, /* values along k of a packed panel, bfloat16 comes in pairs; also the most rows of a block */
     LINE = 64,
 };
 /* The forward pass has slot 0. */
@@ -60,8 +59,27 @@ static stretch place(const moesaic_operand *b, long panel, long each, long width
     return (stretch){first + panel / each * b->jump, least(columns - first, width)};
 }
 
-float *moesaic_product(int type, const moesaic_operand *a, long rows, const moesaic_operand *b, long columns, long k,
-                       long *ldc) {
+/* Packs A. Rows that run along k stay rows: the tiles read one value of each at a time. */
+static void pack_a(const format *f, const block *a, int along_k, long rows, long length, uint32_t *packed) {
+    long height = f->isa->outer_rows, units = f->pairs ? (length + 1) / 2 : length;
+    for (long r = 0; along_k && r < rows; r++) {
+        uint32_t *row = packed + r * PACKED_ROW;
+        row[units - 1] = 0;
+        memcpy(row, a->rows[r], (size_t)(length * f->size));
+    }
+    for (long first = 0; !along_k && first < rows; first += height)
+        f->isa->pack(f->pairs, 0, a->rows, first * f->size, length, least(rows - first, height), (int)height,
+                     packed + first * units);
+}
+
+/* Sums of one panel into rows of the type that end within it. */
+static void narrow_panel(const format *f, const float *c, long ldc, long rows, long count, char *out, long stride) {
+    for (long r = 0; r < rows; r++) f->isa->narrow[f->type](c + r * ldc, out + r * stride, count);
+}
+
+/* moesaic_product, or moesaic_product_to if there is `out`. */
+static float *product(int type, const moesaic_operand *a, long rows, const moesaic_operand *b, long columns, long k,
+                      long *ldc, char *out, long stride) {
     const moesaic_isa *isa = moesaic_isa_now;
     format f = {.isa = isa, .type = type, .pairs = type == MOESAIC_BF16 && isa->dot_bf16};
     int widens = !f.pairs && type != MOESAIC_F32;
@@ -70,7 +88,7 @@ float *moesaic_product(int type, const moesaic_operand *a, long rows, const moes
     f.size = widens ? 4 : size;
     long tiles = (rows + height - 1) / height, each = (columns + width - 1) / width, panels = b->jump ? 2 * each : each;
     *ldc = panels * width;
-    uint32_t *packed_a = moesaic_scratch(SLOT_A, tiles * height * K_UNITS * 4);
+    uint32_t *packed_a = moesaic_scratch(SLOT_A, tiles * height * PACKED_ROW * 4);
     uint32_t *packed_b = moesaic_scratch(SLOT_B, width * K_UNITS * 4);
     float *c = moesaic_scratch(SLOT_C, tiles * height * *ldc * (long)sizeof(float));
     float *wide = widens ? moesaic_scratch(SLOT_WIDE, (tiles * height + width) * K_UNITS * (long)sizeof(float)) : 0;
@@ -83,12 +101,8 @@ float *moesaic_product(int type, const moesaic_operand *a, long rows, const moes
         long length = least(k - from, k_block), units = f.pairs ? (length + 1) / 2 : length;
         find(&f, a, 0, rows, from, length, &a_block);
         if (widens) widen(&f, &a_block, 0, a_block.reach, wide);
-        for (long tile = 0; tile < tiles; tile++) {
-            long first = tile * height, skip = a->along_k ? 0 : first * f.size;
-            isa->pack(f.pairs, a->along_k, a_block.rows + (a->along_k ? first : 0), skip, length, least(rows - first, height),
-                      (int)height, packed_a + first * units);
-        }
-        long after = least(k - from - length, k_block);
+        pack_a(&f, &a_block, a->along_k, rows, length, packed_a);
+        long after = least(k - from - length, k_block), tile_of_a = height * (a->along_k ? PACKED_ROW : units);
         if (!b->along_k) find(&f, b, 0, columns, from + length, after, &later);
         for (long panel = 0; panel < panels; panel++) {
             stretch now = place(b, panel, each, width, columns), next = place(b, (panel + 1) % panels, each, width, columns);
@@ -103,18 +117,39 @@ float *moesaic_product(int type, const moesaic_operand *a, long rows, const moes
                 skip = 0;
             }
             isa->pack(f.pairs, b->along_k, source->rows, skip, length, now.count, (int)width, packed_b);
-            int last = panel + 1 == panels;
+            int last = panel + 1 == panels, done = out && after == 0;
             long fetched = b->along_k ? 0 : last ? after : length;
+            char *to = out + now.first * size;
+            moesaic_sums sums = {.ldc = *ldc, .add = from > 0, .stride = stride, .type = type};
             for (long tile = 0; tile < tiles; tile++) {
                 fetch(last ? &later : &b_block, next.first * size, next.count * size, tile * fetched / tiles,
                       (tile + 1) * fetched / tiles);
-                isa->outer[f.pairs](packed_a + tile * height * units, packed_b, (int)least(rows - tile * height, height),
-                                    units, c + tile * height * *ldc + panel * width, *ldc, from > 0);
+                sums.c = c + tile * height * *ldc + panel * width;
+                if (done && now.count == width) sums.out = to + tile * height * stride;
+                isa->outer[f.pairs][a->along_k](packed_a + tile * tile_of_a, packed_b,
+                                                (int)least(rows - tile * height, height), units, &sums);
             }
+            if (done && now.count < width) narrow_panel(&f, c + panel * width, *ldc, rows, now.count, to, stride);
         }
         b_block = later;
     }
     return c;
+}
+
+float *moesaic_product(int type, const moesaic_operand *a, long rows, const moesaic_operand *b, long columns, long k,
+                       long *ldc) {
+    return product(type, a, rows, b, columns, k, ldc, 0, 0);
+}
+
+int moesaic_product_to(int type, const moesaic_operand *a, long rows, const moesaic_operand *b, long columns, long k,
+                       char *out, long stride) {
+    long ldc;
+    int done = product(type, a, rows, b, columns, k, &ldc, out, stride) != 0;
+#if defined(__x86_64__)
+    /* Other threads must see what went past the caches. */
+    __builtin_ia32_sfence();
+#endif
+    return done;
 }
 
 /* For tests and measurements: a whole product with one task, c[rows][columns] of float32. */

@@ -31,4 +31,8 @@ typedef struct {
 float *moesaic_product(int type, const moesaic_operand *a, long rows, const moesaic_operand *b, long columns, long k,
                        long *ldc);
 
+/* The same sums, k > 0, rounded into rows of `out` that are `stride` bytes apart; 0 without memory. */
+int moesaic_product_to(int type, const moesaic_operand *a, long rows, const moesaic_operand *b, long columns, long k,
+                       char *out, long stride);
+
 #endif

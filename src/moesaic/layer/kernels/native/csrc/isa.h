@@ -29,6 +29,20 @@ enum {
     ACT_CLAMPED_SWIGLU = 5,
 };
 
+/* Elements of 32 bits from one packed row to the next: K_UNITS, and a line so that rows don't share their places in the
+ * cache. */
+enum { K_UNITS = 256, PACKED_ROW = K_UNITS + 16 };
+
+/* Where the sums of a tile go. */
+typedef struct {
+    float *c; /* rows `ldc` apart; up to outer_rows are written */
+    long ldc;
+    int add;  /* to what c holds */
+    char *out; /* if not NULL, the sums are not kept in c: they go here, rounded to the type, rows `stride` bytes apart */
+    long stride;
+    int type;
+} moesaic_sums;
+
 typedef struct {
     const char *name;
     int available;
@@ -47,11 +61,11 @@ typedef struct {
     void (*widen[3])(const void *from, float *to, long n);
     void (*narrow[3])(const float *from, void *to, long n);
 
-    /* Tile of a product of packed panels: c[r][j] (+)= sum over i < k of a[i][r] b[i][j], for r < rows <= outer_rows and
-     * all outer_columns; rows of c are `ldc` apart and up to outer_rows are written. Elements are float32, or with
-     * [1] pairs of bfloat16 that are neighbours along k, where `dot_bf16` is set. */
+    /* Tile of a product of packed panels: sums over i < k of a[i][r] b[i][j], for r < rows <= outer_rows and all
+     * outer_columns. With [][1] A is a[r][i] with rows PACKED_ROW elements apart. Elements are float32, or with [1] pairs of
+     * bfloat16 that are neighbours along k, where `dot_bf16` is set. */
     int outer_rows, outer_columns;
-    void (*outer[2])(const uint32_t *a, const uint32_t *b, int rows, long k, float *c, long ldc, int add);
+    void (*outer[2][2])(const uint32_t *a, const uint32_t *b, int rows, long k, const moesaic_sums *to);
 
     /* packed[i][width] for k elements of 16 bits (`pairs`) or 32: either from `count` rows that run along k, or from one
      * row for each k that begins `skip` bytes behind its address. Columns from `count` on are zero. */
