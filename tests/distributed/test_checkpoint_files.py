@@ -36,6 +36,10 @@ RICH: dict[str, Any] = {
     "balance": [{"type": "load_balancing", "coefficient": 0.02, "adaptive": {"capacity_factor": 1.0, "decay": 0.8}}],
 }
 # Experts that do not go round: sharded by their width D.
+OPENMOE: dict[str, Any] = {
+    "experts": {"num_experts": 4, "intermediate_size": 6, "activation": "swiglu_double", "bias": True},
+    "shared_experts": {"placement": "after"},
+}
 ODD: dict[str, Any] = {"experts": {"num_experts": 6, "intermediate_size": 8, "gated": False, "activation": "gelu"}}
 RECURRENT: dict[str, Any] = {"router": {"type": "recurrent", "top_k": 2, "state_size": 8}}
 
@@ -113,6 +117,7 @@ CASES = [
     pytest.param(2, {"ep": 2}, RICH, True, id="ep2-rich-tied"),
     pytest.param(4, {"ep": 2}, RICH, False, id="fsdp4-ep2-rich"),
     pytest.param(4, {"ep": 2, "esp": 2}, RICH, False, id="ep2-esp2-rich"),
+    pytest.param(2, {"esp": 2}, OPENMOE, False, id="esp2-openmoe"),
     pytest.param(4, {}, ODD, False, id="fsdp4-by-width"),
     pytest.param(4, {"dp_replicate": 2, "ep": 4}, RECURRENT, False, id="replicate2-ep4-recurrent"),
     pytest.param(2, {}, None, True, id="fsdp2-dense-tied"),

@@ -105,6 +105,19 @@ def test_twenty_steps_equal_one_process(world: int, parallel: dict[str, Any]) ->
         torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)
 
 
+def test_openmoe_layers() -> None:
+    """Three parts in the first projection of a split expert, a network behind the layer, a dense layer of our own."""
+    moe: dict[str, Any] = {
+        "experts": {"num_experts": 8, "intermediate_size": 8, "activation": "swiglu_double", "bias": True},
+        "shared_experts": {"placement": "after"},
+        "layers": {"every": 2},
+        "dense_layers": {"intermediate_size": 12, "activation": "swiglu_double"},
+    }
+    expected = torch.tensor(alone(moe, 1))
+    for found in run_ranks(2, together, moe, 1, {"esp": 2}, True):
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_accumulation_and_recomputation(checkpointing: bool) -> None:
     expected = torch.tensor(alone({}, 2))

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moesaic.hf import MoesaicConfig, MoesaicForCausalLM, compat
+from moesaic.hf.checkpoint import BACKBONES
 from moesaic.hf.experts import moesaic_experts_forward
 from moesaic.hf.families import FAMILIES, family_of
 
@@ -82,7 +83,7 @@ def test_the_experts_implementation_can_be_set_on_our_classes() -> None:
     assert hasattr(MoesaicConfig(), "_experts_implementation"), "configs no longer carry _experts_implementation"
 
 
-@pytest.mark.parametrize("name", ["GatedExpertsBackbone", "PlainExpertsBackbone", "moesaic"])
+@pytest.mark.parametrize("name", [*BACKBONES, "moesaic"])
 def test_conversions_are_registered_under_our_names(name: str) -> None:
     mapping = conversion_mapping.get_checkpoint_conversion_mapping(name)
     assert mapping, f"no checkpoint conversion is found for {name}; see hf/checkpoint.py"

@@ -38,6 +38,19 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
         {"gated": False, "bias": True, "activation": "gelu_new"},
         {"up_proj": (N, WIDTH, D), "up_proj_bias": (N, WIDTH), "down_proj": (N, D, WIDTH), "down_proj_bias": (N, D)},
     ),
+    "doubly_gated": (
+        {"activation": "swiglu_double"},
+        {"gate_up_proj": (N, 3 * WIDTH, D), "down_proj": (N, D, WIDTH)},
+    ),
+    "doubly_gated_biased": (
+        {"activation": "swiglu_double", "bias": True},
+        {
+            "gate_up_proj": (N, 3 * WIDTH, D),
+            "gate_up_proj_bias": (N, 3 * WIDTH),
+            "down_proj": (N, D, WIDTH),
+            "down_proj_bias": (N, D),
+        },
+    ),
     "gpt_oss": (
         {"bias": True, "activation": "clamped_swiglu", "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
         {
@@ -148,6 +161,10 @@ def test_repr_says_what_it_is() -> None:
         (
             {"activation": "clamped_swiglu", "swiglu_limit": 7.0},
             r"swiglu_alpha = None is required by clamped_swiglu; gpt-oss uses 1.702 and 7.0",
+        ),
+        (
+            {"activation": "swiglu_double", "gated": False},
+            r"gated = False does not go with swiglu_double; set gated: true",
         ),
         ({"swiglu_limit": 7.0}, r"swiglu_limit = 7.0 is not used by activation silu; remove it"),
         (

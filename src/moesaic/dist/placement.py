@@ -90,12 +90,12 @@ def replicated_of(block: MoEBlock) -> list[nn.Parameter]:
 def expert_placements(experts: Experts, name: str) -> tuple[Placement, Placement]:
     """Placement of a parameter of packed experts on the mesh (ep, esp).
 
-    Whole experts over `ep`. Over `esp` each expert's hidden width F: rows of the first projection, of gate and up alike,
+    Whole experts over `ep`. Over `esp` each expert's hidden width F: rows of the first projection, of all its parts alike,
     and columns of the second. The second projection's bias is split by its only width, D.
     """
     if name.startswith("down_proj"):
         return Shard(0), Shard(1 if name.endswith("_bias") else 2)
-    return Shard(0), _StridedShard(1, split_factor=2) if experts.has_gate else Shard(1)
+    return Shard(0), _StridedShard(1, split_factor=experts.parts) if experts.parts > 1 else Shard(1)
 
 
 def fsdp_dimension(name: str, parameter: Tensor, shards: int) -> int:

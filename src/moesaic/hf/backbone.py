@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moesaic.errors import ConfigError
+from moesaic.hf.checkpoint import BACKBONES
 from moesaic.hf.compat import backbone_class, initialization, on_meta_device, without_storage
 from moesaic.hf.experts import MoesaicExperts
 from moesaic.hf.families import Family, family_of
@@ -98,9 +99,9 @@ class _BackboneMixin:
 
 
 @functools.cache
-def _class_with_experts(stock: type[PreTrainedModel], gated: bool) -> type[PreTrainedModel]:
+def _class_with_experts(stock: type[PreTrainedModel], parts: int) -> type[PreTrainedModel]:
     """The stock base model class extended by the mixin; its name selects the checkpoint names of its experts."""
-    name = "GatedExpertsBackbone" if gated else "PlainExpertsBackbone"
+    name = next(name for name, packed in BACKBONES.items() if len(packed) == parts)
     return type(name, (_BackboneMixin, stock), {"__module__": __name__, "config_class": stock.config_class})
 
 
@@ -122,13 +123,18 @@ def build_backbone(config: PreTrainedConfig, owner: PreTrainedConfig, spec: MoES
     target = torch.get_default_device()
     # The stock feed-forward networks are built without storage, then replaced.
     with without_storage():
-        backbone = _class_with_experts(backbone_class(config), spec.experts.gated)(config)
+        backbone = _class_with_experts(backbone_class(config), spec.experts.parts)(config)
         layers = getattr(backbone, family.layers)
         indices = spec.layers.indices(len(layers))
         blocks = [
             _place(layers[index], index, family, config, owner, spec.at(position))
             for position, index in enumerate(indices)
         ]
+        if spec.dense_layers is not None:
+            _check_dense_layers(spec, set(range(len(layers))) == set(indices), family, config)
+            for index, layer in enumerate(layers):
+                if index not in indices:
+                    setattr(layer, family.feed_forward, spec.dense_layers.build(config.hidden_size))
         for block in blocks[1:]:
             block.gate.share(blocks[0].gate)
     if not on_meta_device():
@@ -136,12 +142,23 @@ def build_backbone(config: PreTrainedConfig, owner: PreTrainedConfig, spec: MoES
     return backbone
 
 
+def _check_dense_layers(spec: MoESpec, all_moe: bool, family: Family, config: PreTrainedConfig) -> None:
+    if family.returns_tuple:
+        problem = f"can't stand in layers of {config.model_type}, which expect an MoE block"
+    elif all_moe:
+        problem = "is used by no layer: moe.layers makes all of them MoE"
+    else:
+        return
+    assert spec.dense_layers is not None
+    raise ConfigError("moe.dense_layers", spec.dense_layers.to_dict(), problem, "remove it")
+
+
 def _place(
     layer: nn.Module, index: int, family: Family, config: PreTrainedConfig, owner: PreTrainedConfig, spec: MoESpec
 ) -> MoEBlock:
     experts = MoesaicExperts(owner, spec.experts, config.hidden_size, may_skip=spec.may_skip)
     follows = spec.shared_experts is not None and spec.shared_experts.placement == "after"
-    norm = _norm_like(layer, family, config) if follows else None
+    norm = norm_like(layer, config) if follows else None
     block = BackboneMoEBlock(spec, config.hidden_size, index, experts, norm, family.returns_tuple)
     setattr(layer, family.feed_forward, block)
     if follows:
@@ -152,13 +169,17 @@ def _place(
     return block
 
 
-def _norm_like(layer: nn.Module, family: Family, config: PreTrainedConfig) -> nn.Module:
-    """Another norm like that before the layer's feed-forward network.
+def norm_like(layer: nn.Module, config: PreTrainedConfig) -> nn.Module:
+    """A copy of the norm before the layer's feed-forward network.
+
+    Args:
+        layer: a decoder layer.
+        config: of its family.
 
     Raises:
         ConfigError: if the family does more around a feed-forward network than that norm and a residual.
     """
-    reason = None
+    reason, family = None, family_of(config)
     if family.norm is None:
         reason = f"is not known for {config.model_type}, which normalises the output of feed-forward networks"
     elif getattr(config, "residual_multiplier", 1.0) != 1.0:

@@ -12,10 +12,18 @@ from moesaic.hf.configuration import MoesaicConfig
 EXPERTS = r"\.experts\."
 
 
-def _gated(kind: str, suffix: str) -> list[WeightConverter | WeightRenaming]:
+# Projections that are packed into one, in their order, by the class of the backbone whose experts have them.
+BACKBONES = {
+    "PlainExpertsBackbone": ("up_proj",),
+    "GatedExpertsBackbone": ("gate_proj", "up_proj"),
+    "DoublyGatedExpertsBackbone": ("gate_linear_proj", "gate_proj", "up_proj"),
+}
+
+
+def _packed(names: tuple[str, ...], kind: str, suffix: str) -> list[WeightConverter | WeightRenaming]:
     return [
         WeightConverter(
-            source_patterns=[rf"{EXPERTS}*.gate_proj\.{kind}", rf"{EXPERTS}*.up_proj\.{kind}"],
+            source_patterns=[rf"{EXPERTS}*.{name}\.{kind}" for name in names],
             target_patterns=rf"{EXPERTS}gate_up_proj{suffix}",
             operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
         )
@@ -33,10 +41,13 @@ def _single(name: str, kind: str, suffix: str) -> list[WeightConverter | WeightR
 
 
 def register() -> None:
-    """Register the names with transformers; what they map to depends on whether experts are gated."""
-    shared = _single("down_proj", "weight", "") + _single("down_proj", "bias", "_bias")
-    register_conversion("GatedExpertsBackbone", [*_gated("weight", ""), *_gated("bias", "_bias"), *shared])
-    plain = [*_single("up_proj", "weight", ""), *_single("up_proj", "bias", "_bias"), *shared]
-    register_conversion("PlainExpertsBackbone", plain)
+    """Register the names with transformers; what they map to depends on how experts are gated."""
+    down = _single("down_proj", "weight", "") + _single("down_proj", "bias", "_bias")
+    for backbone, names in BACKBONES.items():
+        if len(names) == 1:
+            up = [*_single(names[0], "weight", ""), *_single(names[0], "bias", "_bias")]
+        else:
+            up = [*_packed(names, "weight", ""), *_packed(names, "bias", "_bias")]
+        register_conversion(backbone, [*up, *down])
     # The backbone is a child here and the model itself in its stock family.
     register_conversion(MoesaicConfig.model_type, [WeightRenaming(r"^model\.(?!backbone\.)", "model.backbone.")])

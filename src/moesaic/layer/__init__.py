@@ -34,6 +34,7 @@ from moesaic.layer.block import MoEBlock
 from moesaic.layer.capacity import CapacityConfig, limit_capacity
 from moesaic.layer.depth import DepthConfig
 from moesaic.layer.experts import Experts, ExpertsConfig
+from moesaic.layer.feed_forward import FeedForward, FeedForwardConfig
 from moesaic.layer.load import LayerLoad, all_reduce_loads, loads_of
 from moesaic.layer.permutation import Order, gather, order, restore
 from moesaic.layer.record import Routing, RoutingContext
@@ -132,6 +133,8 @@ __all__ = [
     "ExpertChoiceRouter",
     "Experts",
     "ExpertsConfig",
+    "FeedForward",
+    "FeedForwardConfig",
     "GlobalEntropy",
     "HashConfig",
     "HashRouter",

@@ -34,6 +34,15 @@ def gated(gate_up: Tensor, activation: Activation) -> Tensor:
     return activation(gate) * up
 
 
+def swiglu_double(rows: Tensor) -> Tensor:
+    """a * swish(b) * u, with a, b and u the thirds of the last axis: OpenMoE's feed-forward networks (arXiv 2402.01739).
+
+    Their first matrix is that of a SwiGLU of its own, (a, b), by which the output u of the second one is multiplied.
+    """
+    linear, gate, up = rows.chunk(3, dim=-1)
+    return linear * F.silu(gate) * up
+
+
 def clamped_swiglu(gate_up: Tensor, *, alpha: float, limit: float) -> Tensor:
     """gpt-oss's gate: g * sigmoid(alpha * g) * (u + 1), with g clamped above and u on both sides at `limit`."""
     gate, up = gate_up.chunk(2, dim=-1)

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from moesaic.configuration import Config
 from moesaic.errors import ConfigError
-from moesaic.layer.activations import ACTIVATIONS, clamped_swiglu, gated
+from moesaic.layer.activations import ACTIVATIONS, clamped_swiglu, gated, swiglu_double
 from moesaic.layer.kernels import KERNELS, ExpertWeights, FusedActivation, Kernel, KernelName, run_experts
 from moesaic.layer.kernels.activation import FusedName
 
-ActivationName = Literal["silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2", "clamped_swiglu"]
+ActivationName = Literal[
+    "silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2", "clamped_swiglu", "swiglu_double"
+]
 
 _FUSED: dict[ActivationName, FusedName] = {
     "silu": "silu",
@@ -35,7 +37,8 @@ class ExpertsConfig(Config):
     Attributes:
         num_experts: N.
         intermediate_size: hidden width F of one expert.
-        activation: activation by its name in HF configs; "clamped_swiglu" is gpt-oss's.
+        activation: activation by its name in HF configs; "clamped_swiglu" is gpt-oss's. "swiglu_double" has a second gate
+            projection, four matrices instead of three: down(linear(x) * swish(gate(x)) * up(x)), as OpenMoE's code.
         gated: gate and up projections (GLU) instead of a single up projection.
         bias: projections have biases.
         swiglu_alpha: sigmoid gain of "clamped_swiglu".
@@ -58,6 +61,8 @@ class ExpertsConfig(Config):
         clamped = self.activation == "clamped_swiglu"
         if clamped and not self.gated:
             raise ConfigError("gated", False, "does not go with clamped_swiglu", "set gated: true")
+        if self.activation == "swiglu_double" and not self.gated:
+            raise ConfigError("gated", False, "does not go with swiglu_double", "set gated: true")
         for name in ("swiglu_alpha", "swiglu_limit"):
             value = getattr(self, name)
             if clamped and value is None:
@@ -66,39 +71,52 @@ class ExpertsConfig(Config):
                 raise ConfigError(name, value, f"is not used by activation {self.activation}", "remove it")
         return self
 
+    @property
+    def parts(self) -> int:
+        """Matrices in the first projection: up; gate and up; or linear, gate and up."""
+        return 3 if self.activation == "swiglu_double" else 2 if self.gated else 1
+
 
 class Experts(nn.Module):
     """N experts with packed weights, called as transformers calls them.
 
     Parameters: `gate_up_proj` (N, 2F, D), gate rows first, or `up_proj` (N, F, D); `down_proj` (N, D, F); with biases
-    `gate_up_proj_bias` (N, 2F) or `up_proj_bias` (N, F), and `down_proj_bias` (N, D). The flags `has_gate`, `has_bias`,
+    `gate_up_proj_bias` (N, 2F) or `up_proj_bias` (N, F), and `down_proj_bias` (N, D). With "swiglu_double" `gate_up_proj` is
+    (N, 3F, D): linear, gate and up rows. The flags `has_gate`, `has_bias`,
     `is_transposed` and `is_concatenated` describe this layout in transformers' terms.
 
     Attributes:
         may_skip: whether picks may be no expert; set by the block that owns the experts.
-        fused_activation: what happens between the projections, for kernels that compute it themselves.
+        parts: matrices in the first projection, 1 to 3.
+        fused_activation: what happens between the projections, for kernels that compute it themselves; None if none knows.
     """
 
     may_skip: bool = True
+    fused_activation: FusedActivation | None
 
     def __init__(self, config: ExpertsConfig, hidden_size: int) -> None:
         super().__init__()
         self.kernel = config.kernel
         self.num_experts = config.num_experts
         self.hidden_dim, self.intermediate_dim = hidden_size, config.intermediate_size
-        self.has_gate, self.has_bias = config.gated, config.bias
+        self.has_gate, self.has_bias, self.parts = config.gated, config.bias, config.parts
         self.is_transposed, self.is_concatenated = False, True
         if config.swiglu_alpha is not None and config.swiglu_limit is not None:
             self.act_fn = None
             self._gate = partial(clamped_swiglu, alpha=config.swiglu_alpha, limit=config.swiglu_limit)
+        elif config.activation == "swiglu_double":
+            self.act_fn, self._gate = None, swiglu_double
         else:
             self.act_fn = ACTIVATIONS[config.activation]
             self._gate = partial(gated, activation=self.act_fn)
-        self.fused_activation = FusedActivation(
-            _FUSED[config.activation], config.gated, alpha=config.swiglu_alpha, limit=config.swiglu_limit
+        fused = _FUSED.get(config.activation)
+        self.fused_activation = (
+            None
+            if fused is None
+            else FusedActivation(fused, config.gated, alpha=config.swiglu_alpha, limit=config.swiglu_limit)
         )
         count, width = config.num_experts, config.intermediate_size
-        up_width = 2 * width if config.gated else width
+        up_width = config.parts * width
         up_name = "gate_up_proj" if config.gated else "up_proj"
         self.register_parameter(up_name, nn.Parameter(torch.empty(count, up_width, hidden_size)))
         self.down_proj = nn.Parameter(torch.empty(count, hidden_size, width))

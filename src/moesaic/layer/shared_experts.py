@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import PositiveInt, model_validator
-from torch import Tensor, nn
 
 from moesaic.configuration import Config
 from moesaic.errors import ConfigError
-from moesaic.layer.activations import ACTIVATIONS
-from moesaic.layer.experts import ActivationName
+from moesaic.layer.feed_forward import FeedForward
 
 
 class SharedExpertsConfig(Config):
@@ -38,20 +36,5 @@ class SharedExpertsConfig(Config):
         return self
 
 
-class SharedExperts(nn.Module):
-    """A dense feed-forward network with `gate_proj` (if gated), `up_proj` and `down_proj`."""
-
-    def __init__(
-        self, hidden_size: int, intermediate_size: int, *, activation: ActivationName, gated: bool, bias: bool
-    ) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias) if gated else None
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
-        self.act_fn = ACTIVATIONS[activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (..., D) to (..., D)."""
-        if self.gate_proj is None:
-            return self.down_proj(self.act_fn(self.up_proj(x)))
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+class SharedExperts(FeedForward):
+    """The network that the shared experts of a layer are together."""

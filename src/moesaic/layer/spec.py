@@ -10,6 +10,7 @@ from moesaic.layer.balance import BalanceConfig, SelectionBiasUpdate
 from moesaic.layer.capacity import CapacityConfig
 from moesaic.layer.depth import DepthConfig
 from moesaic.layer.experts import ExpertsConfig
+from moesaic.layer.feed_forward import FeedForwardConfig
 from moesaic.layer.routers import RouterConfig
 from moesaic.layer.routers.base import Dependence, Need
 from moesaic.layer.shared_experts import SharedExpertsConfig
@@ -80,6 +81,7 @@ class MoESpec(Config):
         capacity: how many tokens an expert takes, or None for any number.
         depth: which tokens pass an MoE layer, or None for all (mixture of depths).
         layers: which layers are MoE.
+        dense_layers: feed-forward networks of the other layers, instead of the backbone's; None keeps those.
         balance: losses on the routing, each with its coefficient.
         selection_bias_update: how the load of each step moves the router's selection bias; None leaves it as it is.
         dropout: dropout probability on the block's output during training (GPT-2's feed-forward dropout).
@@ -91,6 +93,7 @@ class MoESpec(Config):
     capacity: CapacityConfig | None = None
     depth: DepthConfig | None = None
     layers: LayerPlacement = LayerPlacement()
+    dense_layers: FeedForwardConfig | None = None
     balance: tuple[BalanceConfig, ...] = ()
     selection_bias_update: SelectionBiasUpdate | None = None
     dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -42,6 +42,8 @@ def dense_control(run: RunConfig) -> RunConfig:
     with torch.device("meta"):
         picks = run.moe.router.build(run.moe.experts.intermediate_size, run.moe.experts.num_experts).picks
     width = round(picks * run.moe.experts.intermediate_size) + run.moe.shared_width
+    if run.moe.experts.activation == "swiglu_double":
+        width = round(width * 4 / 3)  # four matrices, of which backbones have three
     values: dict[str, Any] = run.to_dict() | {"moe": None, "backbone": {**run.backbone, "intermediate_size": width}}
     return RunConfig.from_dict(values)
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError
 from moesaic.hf import MoesaicForCausalLM
+from moesaic.hf.backbone import norm_like
 from moesaic.hf.families import family_of, feed_forward_weights
 from moesaic.hf.feed_forward import FeedForwardWeights, read
 from moesaic.hf.transplant import decoder_layers, transplant
@@ -54,7 +55,7 @@ def upcycle(
 
     Every expert of a layer is a copy of that layer's feed-forward network (sparse upcycling, arXiv 2212.05055). As the
     weights of a token's picks sum to 1, it does not matter which copies are picked. Shared experts start with a zero
-    output projection. The router starts random.
+    output projection, and behind the layer with a copy of its norm. The router starts random.
 
     Args:
         dense_model: a stock `...ForCausalLM`.
@@ -74,7 +75,9 @@ def upcycle(
         _check_exact(spec, noise)
     generator = torch.Generator().manual_seed(seed)
     hidden_size = dense_model.config.hidden_size
-    layers = spec.layers.indices(len(decoder_layers(dense_model.base_model, dense_model.config)))
+    stock_layers = decoder_layers(dense_model.base_model, dense_model.config)
+    layers = spec.layers.indices(len(stock_layers))
+    follows = spec.shared_experts is not None and spec.shared_experts.placement == "after"
     first: list[Router] = []
 
     def block_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -83,7 +86,8 @@ def upcycle(
         position = next(positions)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-            block = MoEBlock(spec.at(position), hidden_size, layers[position])
+            norm = norm_like(stock_layers[layers[position]], dense_model.config) if follows else None
+            block = MoEBlock(spec.at(position), hidden_size, layers[position], norm=norm)
             block.gate.reset_parameters()  # tables that differ by layer: only now does it know its own
         if first:
             block.gate.share(first[0])
@@ -129,6 +133,10 @@ def _tensors(
 
 
 def _check(spec: MoESpec, weights: FeedForwardWeights, dense_model: PreTrainedModel) -> None:
+    if spec.dense_layers is not None:
+        raise ConfigError(
+            "moe.dense_layers", spec.dense_layers.to_dict(), "replaces layers that upcycling keeps", "remove it"
+        )
     needed = {
         "intermediate_size": weights.intermediate_size,
         "gated": weights.gated,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moesaic.hf.expert_kernels import model_kernels
+from moesaic.layer.activations import swiglu_double
 from moesaic.layer.kernels import Case, ExpertWeights, FusedActivation, Kernel
 
 # All there are: ours and those that models add.
@@ -45,6 +46,12 @@ class Layout:
     gated: bool
     bias: bool = False
     transposed: bool = False
+    parts: int | None = None
+
+    @property
+    def up_parts(self) -> int:
+        """Matrices in the first projection."""
+        return self.parts or (2 if self.gated else 1)
 
 
 def _fused(*arguments: Any, bias: bool = False, transposed: bool = False) -> Layout:
@@ -68,6 +75,7 @@ LAYOUTS: dict[str, Layout] = {
         "clamped_swiglu", True, True, 1.702, 0.5, bias=True, transposed=True
     ),
     "unknown_gate": Layout(_unknown_gate, True),
+    "swiglu_double_biased": Layout(swiglu_double, True, bias=True, parts=3),
     "unknown_plain_biased": Layout(torch.sin, False, bias=True),
 }
 
@@ -154,7 +162,7 @@ def make_call(
         return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
 
     experts, hidden, width = dimensions.experts, dimensions.hidden, dimensions.width
-    up_width = 2 * width if described.gated else width
+    up_width = described.up_parts * width
     up_NHD = normal(experts, up_width, hidden, scale=hidden**-0.5)
     down_NDF = normal(experts, hidden, width, scale=width**-0.5)
     if described.transposed:

@@ -116,6 +116,7 @@ def _meaning(spec: MoESpec, num_layers: int) -> dict[str, Any]:
         "capacity": None if spec.capacity is None else spec.capacity.to_dict(),
         "depth": None if spec.depth is None else spec.depth.to_dict(),
         "layers": spec.layers.indices(num_layers),
+        "dense_layers": None if spec.dense_layers is None else spec.dense_layers.to_dict(),
         "dropout": spec.dropout,
     }
 
