@@ -17,5 +17,6 @@ def test_page_shows_the_preset(name: str) -> None:
     row = f"| `{name}` | "
     if found.published is not None:
         total, active = found.published.total, found.published.active
-        row += f"{found.title} | {total.billions:g} B | {active.billions:g} B | {active.counts.replace('_', ' ')} |"
+        row += f"{found.title} | {total.billions:g} B | "
+        row += "- | - |" if active is None else f"{active.billions:g} B | {active.counts.replace('_', ' ')} |"
     assert row in PAGE.read_text(encoding="utf-8")

@@ -24,9 +24,22 @@ def test_every_preset_is_valid_and_round_trips(name: str) -> None:
 
 
 def test_released_presets_have_published_counts() -> None:
+    # The paper of Branch-Train-MiX prints none.
     assert [name for name in presets() if preset(name).published is None] == [
-        name for name in presets() if name.startswith("tiny-")
+        name for name in presets() if name.startswith("tiny-") or name == "btx-llama2-7b-x4"
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("switch-c-2048", "can't be built: it is an encoder-decoder.*nearest that can be is 'ds-moe-1.3b-128'"),
+        ("phi-3.5-moe", "sparsemixer.*'mixtral-8x7b'"),
+    ],
+)
+def test_a_model_that_cannot_be_built_says_why_and_what_is_near(name: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        preset(name)
 
 
 def test_unknown_name_lists_close_ones() -> None:

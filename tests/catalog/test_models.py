@@ -15,9 +15,12 @@ from moesaic.layer import LoadBalancing
 
 RELEASED = [name for name in presets() if not name.startswith("tiny-")]
 TINY = [name for name in presets() if name.startswith("tiny-")]
-STOCK = [name for name in RELEASED if not name.startswith("deepseekmoe-")]
+# Those on a backbone of their own family, and like it in everything.
+STOCK = [
+    name for name in RELEASED if (found := preset(name)).backbone["model_type"] in CONVERSIONS and not found.deviations
+]
 # Families whose stock head adds a balance loss with the coefficient of the release's config.
-STOCK_BALANCE = [name for name in STOCK if name.startswith(("mixtral", "qwen"))]
+STOCK_BALANCE = [name for name in STOCK if name.startswith(("mixtral", "qwen", "flexolmo"))]
 
 
 @functools.cache
@@ -48,9 +51,9 @@ def counted(model: MoesaicForCausalLM, counts: str) -> int:
 
 def idle(model: MoesaicForCausalLM) -> float:
     """Parameters of routed experts that a token does not pick."""
-    spec = model.config.spec
-    routed = size(*(block.experts for block in model.moe_blocks().values()))
-    return routed * (1 - spec.router.top_k / spec.experts.num_experts)
+    return sum(
+        size(block.experts) * (1 - block.gate.top_k / block.gate.num_experts) for block in model.moe_blocks().values()
+    )
 
 
 def assert_close(parameters: float, published: ParameterCount) -> None:
@@ -70,9 +73,11 @@ def flops_per_sequence(name: str, length: int) -> float:
 @pytest.mark.parametrize("name", RELEASED)
 def test_parameter_counts_are_the_published_ones(name: str) -> None:
     model, published = on_meta(name), preset(name).published
-    assert published is not None
+    if published is None:
+        pytest.skip("its authors print none")
     assert_close(counted(model, published.total.counts), published.total)
-    assert_close(counted(model, published.active.counts) - idle(model), published.active)
+    if published.active is not None:
+        assert_close(counted(model, published.active.counts) - idle(model), published.active)
 
 
 def test_deepseekmoe_counts_to_four_digits() -> None:
@@ -90,8 +95,19 @@ def test_deepseekmoe_flops_are_the_printed_ones() -> None:
     assert flops_per_sequence("deepseekmoe-16b", 4096) / 1e12 == pytest.approx(74.4, rel=0.02)
 
 
-def test_stock_presets_are_of_families_that_can_be_converted() -> None:
-    assert {preset(name).backbone["model_type"] for name in STOCK} <= set(CONVERSIONS)
+def test_stock_presets_are_of_many_families() -> None:
+    assert {preset(name).backbone["model_type"] for name in STOCK} == {
+        "deepseek_v2",
+        "deepseek_v3",
+        "flex_olmo",
+        "glm4_moe",
+        "gpt_oss",
+        "granitemoe",
+        "mixtral",
+        "olmoe",
+        "qwen2_moe",
+        "qwen3_moe",
+    }
 
 
 @pytest.mark.parametrize("name", STOCK)

@@ -1,11 +1,29 @@
-"""Published models as validated data: a backbone, its MoE layers, and the figures that its authors give.
+"""Published models and mechanisms as validated data.
 
-Each preset is one YAML file in `data/`, named after it.
+A **preset** is a model that can be built: one YAML file in `data/`, named after it, with a backbone, its MoE layers, and
+the figures that its authors give. A **record** is what is known of a model, whether it can be built or not: the entries of
+the files in `models/`. The **taxonomy** says of each mechanism of the field what moesaic has of it, and where.
 """
 
 from __future__ import annotations
 
-from moesaic.catalog.load import preset, presets
-from moesaic.catalog.schema import ParameterCount, Preset, PublishedParameters
+from moesaic.catalog.counting import CannotCount, DtypeName, Size, size_of
+from moesaic.catalog.load import model, models, preset, presets
+from moesaic.catalog.schema import ModelRecord, ParameterCount, Preset, PublishedParameters
+from moesaic.catalog.shape import Shape
 
-__all__ = ["ParameterCount", "Preset", "PublishedParameters", "preset", "presets"]
+__all__ = [
+    "CannotCount",
+    "DtypeName",
+    "ModelRecord",
+    "ParameterCount",
+    "Preset",
+    "PublishedParameters",
+    "Shape",
+    "Size",
+    "model",
+    "models",
+    "preset",
+    "presets",
+    "size_of",
+]
