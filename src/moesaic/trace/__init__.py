@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from moesaic.trace.accounting import Accounting, Count, LayerPlan, account
 from moesaic.trace.batches import trace_batches
+from moesaic.trace.counting import count
+from moesaic.trace.counts import LayerCounts, RoutingCounts
+from moesaic.trace.group_counts import DropCounts, GroupCounts
 from moesaic.trace.header import LayerFacts, TraceHeader, tokenizer_fingerprint
 from moesaic.trace.metrics import (
     FrequencyBucket,
@@ -42,12 +45,16 @@ from moesaic.trace.specialisation import (
 __all__ = [
     "Accounting",
     "Count",
+    "DropCounts",
     "FrequencyBucket",
+    "GroupCounts",
+    "LayerCounts",
     "LayerFacts",
     "LayerPlan",
     "LayerTrace",
     "PositionCounts",
     "RouterStatistics",
+    "RoutingCounts",
     "RoutingLog",
     "RoutingTrace",
     "Rows",
@@ -59,6 +66,7 @@ __all__ = [
     "account",
     "coactivation",
     "coactivation_counts",
+    "count",
     "cross_layer_information",
     "domain_information",
     "drop_rate",
