@@ -71,6 +71,7 @@ def test_published_totals_are_met_within_three_percent_with_exactly_these_except
     assert published.keys() >= ADDED
     off = {}
     for name, record in published.items():
+        assert record.published is not None
         total = record.published.total
         difference = record.size().counted(total.counts).total / 1e9 / total.billions - 1
         if abs(difference) > 0.03:

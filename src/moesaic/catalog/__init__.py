@@ -11,6 +11,7 @@ from moesaic.catalog.counting import CannotCount, DtypeName, Size, size_of
 from moesaic.catalog.load import model, models, preset, presets
 from moesaic.catalog.schema import ModelRecord, ParameterCount, Preset, PublishedParameters
 from moesaic.catalog.shape import Shape
+from moesaic.catalog.shrink import shrink
 
 __all__ = [
     "CannotCount",
@@ -25,5 +26,6 @@ __all__ = [
     "models",
     "preset",
     "presets",
+    "shrink",
     "size_of",
 ]

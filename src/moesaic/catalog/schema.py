@@ -8,6 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from moesaic.catalog.counting import CannotCount, Size, size_of
 from moesaic.catalog.shape import Shape
+from moesaic.catalog.shrink import shrink
 from moesaic.configuration import Config
 from moesaic.errors import ConfigError
 from moesaic.layer import MoESpec
@@ -73,6 +74,10 @@ class Preset(Config):
                 raise ConfigError(f"backbone.{field}", None, "is required", "set it")
         self.moe.layers.indices(self.backbone["num_hidden_layers"])
         return self
+
+    def shrink(self, *, max_experts: int = 16, vocabulary_size: int = 512, context_length: int = 512) -> Preset:
+        """A tiny model of the same design, to train on a laptop; see `moesaic.catalog.shrink`."""
+        return shrink(self, max_experts=max_experts, vocabulary_size=vocabulary_size, context_length=context_length)
 
 
 RouterKind = Literal[
