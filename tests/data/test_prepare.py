@@ -71,6 +71,22 @@ def test_validation_batches_hold_their_domain_only(config: DataConfig, tmp_path:
         assert index in seen
 
 
+def test_a_mixture_takes_domains_by_their_shares(config: DataConfig, tmp_path: Path):
+    plain = prepare_data(config, tmp_path / "cache", progress=False)
+    mixture = [{"until": 2, "shares": {"odd": 1}}, {"shares": {"odd": 1, "even": 1}}]
+    mixed = prepare_data(changed(config, mixture=mixture), tmp_path / "cache", progress=False)
+    assert mixed.folder == plain.folder
+    batches = mixed.train_batches()
+    domains = [next(batches)["domain_ids"] for _ in range(4)]
+    assert [batch.unique().tolist() for batch in domains[:2]] == [[1], [1]]
+    assert all((batch[:, 0] == 0).sum() == 2 for batch in domains[2:])
+    unknown = prepare_data(changed(config, mixture=[{"shares": {"old": 1}}]), tmp_path / "cache", progress=False)
+    with pytest.raises(
+        ConfigError, match="'old' is no domain with a whole training sequence; these have one: even, odd"
+    ):
+        unknown.train_batches()
+
+
 def test_the_same_input_gives_the_same_batches_in_another_cache(config: DataConfig, tmp_path: Path):
     one = prepare_data(config, tmp_path / "one", progress=False).train_batches()
     other = prepare_data(config, tmp_path / "other", progress=False).train_batches()

@@ -26,6 +26,12 @@ def test_side_depends_on_text_alone():
     assert is_validation(Document("same", "a", "x:1"), 0.5) == is_validation(Document("same", "b", "y:2"), 0.5)
 
 
+def test_documents_made_of_one_file_stay_together():
+    parts = [Document(str(number), "chat", "file.py", split_by="the file") for number in range(50)]
+    assert len({is_validation(part, 0.5) for part in parts}) == 1
+    assert is_validation(parts[0], 0.5) == is_validation(Document("the file", "code", "file.py"), 0.5)
+
+
 def test_fraction_is_met():
     texts = [f"document {n}" for n in range(20_000)]
     assert abs(len(held_out(texts, 0.1)) / len(texts) - 0.1) < 0.01

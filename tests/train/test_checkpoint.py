@@ -53,6 +53,22 @@ def test_only_the_latest_are_kept(data, tmp_path):
     ]
 
 
+def test_chosen_steps_are_kept_besides(data, tmp_path):
+    run = tiny_run(data.config, checkpoint_every=2, keep_checkpoints=1, checkpoint_steps=(0, 3, 4))
+    train(run, tmp_path, data=data, progress=False)
+    steps = [int(path.name[-8:]) for path in CheckpointStore(tmp_path / "checkpoints", 1).all()]
+    assert steps == [0, 3, 4, 8]
+
+
+def test_a_run_goes_on_from_the_untrained_model(data, tmp_path):
+    run = tiny_run(data.config, checkpoint_steps=(0,))
+    expected = train(run, tmp_path / "whole", data=data, progress=False)
+    checkpoints = tmp_path / "again" / "checkpoints"
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / "step-00000000", checkpoints / "step-00000000")
+    found = train(run, tmp_path / "again", data=data, resume=True, progress=False)
+    assert found.validation == expected.validation
+
+
 def test_what_a_killed_process_left_half_written_is_ignored_and_removed(make_trainer, data, tmp_path):
     trainer = make_trainer(tiny_run(data.config))
     leftover = tmp_path / "checkpoints" / ".step-00000009.abc.tmp"

@@ -12,6 +12,7 @@ from moesaic.data.config import (
     DataConfig,
     DatasetsSource,
     JsonlSource,
+    MixtureStretch,
     PretrainedTokenizer,
     PythonSource,
     Source,
@@ -21,6 +22,7 @@ from moesaic.data.config import (
 )
 from moesaic.data.documents import Document
 from moesaic.data.loader import OrderedBatches, TokenBatches
+from moesaic.data.mixture import MixedBatches
 from moesaic.data.packing import IGNORED_LABEL, Batch, PackedSequences
 from moesaic.data.prepare import PreparedData, prepare_data
 from moesaic.data.sources import read_documents
@@ -37,6 +39,8 @@ __all__ = [
     "DatasetsSource",
     "Document",
     "JsonlSource",
+    "MixedBatches",
+    "MixtureStretch",
     "OrderedBatches",
     "PackedSequences",
     "PreparedData",

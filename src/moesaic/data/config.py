@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from moesaic.configuration import Config
+from moesaic.errors import ConfigError
 
-PythonDomain = Literal["prose", "code", "tables"]
+PythonDomain = Literal["prose", "code", "tables", "documentation", "chat", "numbers"]
 DEMO_DOMAINS: tuple[PythonDomain, ...] = ("prose", "code")
 
 
 class PythonSource(Config):
     """What every machine with Python has: its documentation topics (domain `prose`), the sources of its standard library
-    (domain `code`) and its table of Unicode characters (domain `tables`).
+    (domain `code`) and its table of Unicode characters (domain `tables`); made of them, all of its documentation (domain
+    `documentation`: the topics and the docstrings of the library), questions about functions with docstrings as answers
+    (domain `chat`), and the tables of numbers that its tests compare with (domain `numbers`; some packages of Python leave
+    them out).
 
     Attributes:
         domains: which of them to read.
         max_bytes: reading a domain stops with the document that reaches this many UTF-8 bytes; None for all of it
-            (about 0.5 MB of prose, 9 MB of code and 1.5 MB of tables).
+            (about 0.5 MB of prose, 9 MB of code, 1.5 MB of tables, and of the others 2, 2 and 4 MB).
     """
 
     type: Literal["python"] = "python"
@@ -126,6 +130,19 @@ class PretrainedTokenizer(Config):
 TokenizerConfig = Annotated[TrainBPE | PretrainedTokenizer, Field(discriminator="type")]
 
 
+class MixtureStretch(Config):
+    """Part of the training, and of what its batches are mixed.
+
+    Attributes:
+        until: the stretch ends with this batch of the run, counted from 1 (with `accumulation_steps: 1` a batch is a
+            step); None for the rest of the run.
+        shares: share of each domain in the training sequences, in any unit; a domain that is not named has none.
+    """
+
+    until: PositiveInt | None = None
+    shares: dict[str, PositiveFloat] = Field(min_length=1)
+
+
 class DataConfig(Config):
     """The `data` section of a run.
 
@@ -137,6 +154,9 @@ class DataConfig(Config):
         validation_fraction: expected share of documents held out. A document's side depends on its text alone: it
             stays when documents are added or reordered, and equal texts are never on both sides.
         seed: seed of the order of training sequences; it does not move documents between the sides.
+        mixture: of which domains training sequences come, in stretches one after the other; each domain is then cut into
+            sequences by itself. None takes all text, a domain as often as it has text. Validation has all domains in
+            any case.
         domains_are: tell the model the domain of each token as its "modality", or that of each sequence as its "task", for
             routers and losses that look at them. Domains are numbered in the order in which they are read. With "task"
             each domain is cut into training sequences by itself, so that none holds two; None tells the model nothing.
@@ -150,5 +170,21 @@ class DataConfig(Config):
     batch_size: PositiveInt = 16
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)
     seed: NonNegativeInt = 0
+    mixture: tuple[MixtureStretch, ...] | None = Field(default=None, min_length=1)
     domains_are: Literal["modality", "task"] | None = None
     isolate_documents: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DataConfig:
+        ends = [stretch.until for stretch in self.mixture or ()]
+        for number, end in enumerate(ends):
+            last = number == len(ends) - 1
+            if last and end is not None:
+                raise ConfigError(
+                    f"mixture.{number}.until", end, "leaves the rest open", "remove it from the last stretch"
+                )
+            if not last and (end is None or end <= (ends[number - 1] or 0 if number else 0)):
+                raise ConfigError(
+                    f"mixture.{number}.until", end, "does not end after the stretch before it", "write rising numbers"
+                )
+        return self

@@ -13,11 +13,14 @@ class Document(NamedTuple):
         text: its content.
         domain: the kind of text, e.g. `prose`; losses are reported by domain.
         origin: where it was found (`notes/a.md`, `corpus.jsonl:12`), for messages.
+        split_by: text that decides its side of the split, so that documents made of one file stay together; None for its
+            own text.
     """
 
     text: str
     domain: str
     origin: str
+    split_by: str | None = None
 
 
 def capped(

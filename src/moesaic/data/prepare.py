@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moesaic.data.config import DataConfig, PretrainedTokenizer
 from moesaic.data.loader import OrderedBatches, TokenBatches
+from moesaic.data.mixture import MixedBatches
 from moesaic.data.packing import PackedSequences
 from moesaic.data.sources import fingerprint
 from moesaic.data.store import TokenStore
@@ -35,6 +36,7 @@ class PreparedData:
         config: what it was made from.
         tokenizer: the trained or loaded tokenizer; size a model's vocabulary by `len(tokenizer)`.
         train: training sequences of all domains.
+        train_by_domain: training sequences of each domain by itself; only domains with training text.
         validation: held-out sequences by domain; only domains of which a document was held out.
         summary: documents, tokens and bytes by split and domain.
         folder: cache entry with the token files and the tokenizer.
@@ -43,14 +45,15 @@ class PreparedData:
     config: DataConfig
     tokenizer: PreTrainedTokenizerBase
     train: PackedSequences
+    train_by_domain: dict[str, PackedSequences]
     validation: dict[str, PackedSequences]
     summary: DataSummary
     folder: Path
 
     def train_batches(
         self, *, batch_size: int | None = None, shard_index: int = 0, num_shards: int = 1
-    ) -> TokenBatches:
-        """Endless shuffled batches from the start of the first epoch.
+    ) -> TokenBatches | MixedBatches:
+        """Endless shuffled batches from the start of the first epoch, mixed as `config.mixture` says.
 
         Args:
             batch_size: global batch size; None for `config.batch_size`.
@@ -58,9 +61,19 @@ class PreparedData:
             num_shards: number of them.
 
         Raises:
-            ConfigError: if there are fewer sequences than the batch size, or shards do not divide it.
+            ConfigError: if there are fewer sequences than the batch size, shards do not divide it, or the mixture names
+                a domain that there is not.
         """
         size = self.config.batch_size if batch_size is None else batch_size
+        if self.config.mixture is not None:
+            return MixedBatches(
+                self.train_by_domain,
+                self.config.mixture,
+                size,
+                self.config.seed,
+                shard_index=shard_index,
+                num_shards=num_shards,
+            )
         return TokenBatches(self.train, size, self.config.seed, shard_index=shard_index, num_shards=num_shards)
 
     def validation_batches(self, *, batch_size: int | None = None) -> dict[str, OrderedBatches]:
@@ -134,10 +147,21 @@ def _open(config: DataConfig, folder: Path) -> PreparedData:
         for index, domain in enumerate(summary.domains)
         if domain in summary.validation
     }
+    by_domain = {
+        domain: PackedSequences(
+            train,
+            config.sequence_length,
+            documents=train.documents_of(index),
+            isolate_documents=config.isolate_documents,
+            domains_are=config.domains_are,
+        )
+        for index, domain in enumerate(summary.domains)
+        if domain in summary.train
+    }
     sequences = PackedSequences(
         train, config.sequence_length, isolate_documents=config.isolate_documents, domains_are=config.domains_are
     )
-    return PreparedData(config, tokenizer, sequences, validation, summary, folder)
+    return PreparedData(config, tokenizer, sequences, by_domain, validation, summary, folder)
 
 
 def _check_sizes(config: DataConfig, train: TokenStore, held_out: TokenStore) -> None:

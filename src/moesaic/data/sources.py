@@ -11,9 +11,17 @@ from moesaic.data.config import DatasetsSource, JsonlSource, PythonSource, Sourc
 from moesaic.data.documents import Document, capped
 from moesaic.data.hf_datasets import read_dataset
 from moesaic.data.python_corpus import read_code, read_prose, read_tables
+from moesaic.data.python_docs import read_chat, read_documentation, read_numbers
 from moesaic.data.text_files import find_files, read_jsonl, read_text
 
-_PYTHON_DOMAINS = {"prose": read_prose, "code": read_code, "tables": read_tables}
+_PYTHON_DOMAINS = {
+    "prose": read_prose,
+    "code": read_code,
+    "tables": read_tables,
+    "documentation": read_documentation,
+    "chat": read_chat,
+    "numbers": read_numbers,
+}
 
 
 def read_documents(sources: Iterable[Source]) -> Iterator[Document]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ RESUMABLE_CHANGES = frozenset(
         "train.eval_batches",
         "train.checkpoint_every",
         "train.keep_checkpoints",
+        "train.checkpoint_steps",
         "train.async_checkpoint",
         "train.log_every",
         "train.tensorboard",
@@ -58,12 +59,13 @@ class CheckpointStore:
     Args:
         folder: where they are; made with the first one.
         keep: how many to keep.
+        always: steps whose checkpoints are kept in any case, and not counted.
         in_background: copy what is saved to the memory of the host, and write that while training goes on. One save is
             under way at most: the next one waits for it.
     """
 
-    def __init__(self, folder: Path, keep: int, *, in_background: bool = False) -> None:
-        self.folder, self.keep, self._in_background = folder, keep, in_background
+    def __init__(self, folder: Path, keep: int, *, always: Collection[int] = (), in_background: bool = False) -> None:
+        self.folder, self.keep, self._always, self._in_background = folder, keep, always, in_background
         self._team: Team | None = None
         self._writer: ThreadPoolExecutor | None = None
         self._under_way: Future[None] | None = None
@@ -155,7 +157,8 @@ class CheckpointStore:
             ) from error
 
     def _prune(self) -> None:
-        for path in self.all()[: -self.keep]:
+        always = {self.path(step) for step in self._always}
+        for path in [path for path in self.all() if path not in always][: -self.keep]:
             shutil.rmtree(path, ignore_errors=True)
         # Left behind where a process was killed while it wrote.
         for path in self.folder.glob(".step-*.tmp"):

@@ -37,6 +37,8 @@ class TrainConfig(Config):
             weights and optimiser to the memory of the host, which must have room for both: each process copies the
             tensors that it writes.
         keep_checkpoints: how many of the latest checkpoints stay on disk.
+        checkpoint_steps: also write a checkpoint after each of these steps, 0 for the untrained model, and keep it
+            whatever `keep_checkpoints` says: for studies of how a model comes about.
         log_every: where the output is not a terminal, print a line after every this many steps. Metrics are written at
             every step all the same.
         tensorboard: also write metrics for TensorBoard, below `tensorboard/` in the output folder.
@@ -60,6 +62,7 @@ class TrainConfig(Config):
     checkpoint_every: PositiveInt | None = 100
     async_checkpoint: bool = False
     keep_checkpoints: PositiveInt = 2
+    checkpoint_steps: tuple[NonNegativeInt, ...] = ()
     log_every: PositiveInt = 10
     tensorboard: bool = False
 

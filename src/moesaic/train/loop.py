@@ -104,7 +104,10 @@ def train(
     """
     output_dir = Path(output_dir)
     store = CheckpointStore(
-        output_dir / CHECKPOINTS, run.train.keep_checkpoints, in_background=run.train.async_checkpoint
+        output_dir / CHECKPOINTS,
+        run.train.keep_checkpoints,
+        always=run.train.checkpoint_steps,
+        in_background=run.train.async_checkpoint,
     )
     process = Process.of_environment()
     checkpoint = _checkpoint_to_resume(store, resume)
@@ -171,6 +174,8 @@ class Trainer:
         """Train to the last step or to a signal, with a checkpoint at the end; see `train`."""
         started, first_tokens = time.perf_counter(), self.tokens
         with self._reporting(output_dir, progress) as (sinks, display), self.stop, self._lost_peers():
+            if self._saved_step != self.step and self.step in self.config.checkpoint_steps:
+                self.save()
             while self.step < self.config.steps and self._stopped_by() is None:
                 metrics = self.train_step()
                 _write(sinks, metrics.record())
@@ -181,7 +186,8 @@ class Trainer:
                     self.evaluate()
                     _write(sinks, evaluation_record(self.step, self.validation))
                     display.note(describe_evaluation(self.step, self.validation))
-                if last or _due(self.step, self.config.checkpoint_every):
+                wanted = self.step in self.config.checkpoint_steps
+                if last or wanted or _due(self.step, self.config.checkpoint_every):
                     self.save()
             checkpoint = self._last_checkpoint()
             stopped_by = self._stopped_by()
