@@ -12,6 +12,7 @@ from moesaic.catalog import ParameterCount, preset, presets
 from moesaic.hf import MoesaicForCausalLM, build, read_backbone
 from moesaic.hf.conversion import CONVERSIONS, spec_from_config
 from moesaic.layer import LoadBalancing
+from moesaic.trace import account
 
 RELEASED = [name for name in presets() if not name.startswith("tiny-")]
 TINY = [name for name in presets() if name.startswith("tiny-")]
@@ -127,6 +128,57 @@ def test_balance_losses_are_the_stock_ones(name: str) -> None:
     assert isinstance(theirs, LoadBalancing)
     assert ours.scope == theirs.scope
     assert ours.coefficient == pytest.approx(theirs.coefficient)
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active", "moe_layers"),
+    [
+        ("openmoe-base", 0.800, 0.535, [3, 7, 11]),
+        ("openmoe-8b", 11.855, 3.802, [5, 11, 17, 23]),
+        ("openmoe-34b", 46.271, 10.032, [3, 7, 11, 15, 19, 23, 27, 31]),
+    ],
+)
+def test_openmoe_has_the_size_of_the_released_files(name: str, total: float, active: float, moe_layers: list) -> None:
+    model, backbone = on_meta(name), preset(name).backbone
+    accounting = account(model)
+    assert accounting.total / 1e9 == pytest.approx(total, abs=0.0006)
+    assert accounting.active / 1e9 == pytest.approx(active, abs=0.0006)
+    assert list(model.moe_blocks()) == moe_layers
+    hidden, width, layers = (backbone[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    assert accounting.parts["dense FFN"].total == (layers - len(moe_layers)) * 4 * hidden * width
+    assert accounting.parts["shared experts"].total == len(moe_layers) * 4 * hidden * width
+    attention = backbone["num_attention_heads"] * backbone["head_dim"]
+    assert accounting.parts["attention"].total == layers * 4 * hidden * attention
+    assert accounting.parts["embeddings"].total == accounting.parts["output head"].total == 256384 * hidden
+
+
+def test_openmoe_8b_by_the_paper_has_three_matrices_and_one_embedding() -> None:
+    """The gap to the printed 8.7 B is the double gate and the untied head."""
+    total = size(on_meta("openmoe-8b"))
+    double_gate, head = (20 + 4 * 33) * 2048 * 8192, 256384 * 2048
+    assert (double_gate / 1e9, head / 1e9) == (pytest.approx(2.55, abs=0.005), pytest.approx(0.53, abs=0.006))
+    assert (total - double_gate - head) / 1e9 == pytest.approx(8.78, abs=0.005)
+
+
+@pytest.mark.parametrize(("name", "group", "train", "evaluation"), [("openmoe-8b", 4096, 160, 256)])
+def test_openmoe_capacity_is_that_of_its_training(name: str, group: int, train: int, evaluation: int) -> None:
+    found = preset(name).moe
+    assert found.capacity is not None
+    slots = [found.capacity.slots(torch.tensor(group), 32, 2, training=training).item() for training in (True, False)]
+    assert slots == [train, evaluation]
+    assert slots[0] * 32 / (2 * group) == 0.625  # of all picks, at most
+
+
+def test_openmoe_attention_is_not_scaled() -> None:
+    scalings = {
+        module.scaling for module in on_meta("openmoe-base").modules() if type(module).__name__ == "GraniteAttention"
+    }
+    assert scalings == {1.0}
+
+
+def test_tiny_openmoe_has_the_size_of_the_pilot() -> None:
+    found = preset("tiny-openmoe")
+    assert size(build(found.backbone, found.moe)) / 1e6 == pytest.approx(1.08, abs=0.01)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
@@ -138,8 +138,11 @@ class Shape(Config):
         experts, shared = moe.experts, moe.shared_experts
         counts = moe.layers.num_experts
         dense = len(moe.layers.indices(backbone["num_hidden_layers"])) < backbone["num_hidden_layers"]
-        matrices: Matrices = 3 if experts.gated else 2
-        plain = backbone["model_type"] in _PLAIN
+        width, dense_matrices = backbone.get("intermediate_size") or 4 * hidden, 3
+        if moe.dense_layers is not None:
+            width, dense_matrices = moe.dense_layers.intermediate_size, moe.dense_layers.parts + 1
+        elif backbone["model_type"] in _PLAIN:
+            dense_matrices = 2
         return cls(
             layers=backbone["num_hidden_layers"],
             hidden=hidden,
@@ -149,11 +152,11 @@ class Shape(Config):
             latent_attention=latent,
             vocabulary=backbone["vocab_size"],
             tied_embeddings=backbone.get("tie_word_embeddings", backbone["model_type"] == "gpt2"),
-            dense_width=(backbone.get("intermediate_size") or 4 * hidden) if dense else None,
+            dense_width=width if dense else None,
             expert_width=experts.intermediate_size,
             shared_width=moe.shared_width,
-            dense_matrices=2 if plain else 3,
-            expert_matrices=matrices,
+            dense_matrices=cast(Matrices, dense_matrices),
+            expert_matrices=cast(Matrices, experts.parts + 1),
             activation=experts.activation,
             num_experts=experts.num_experts if counts is None else counts,
             top_k=2 if moe.router.type == "sampled_second" else getattr(moe.router, "top_k", None),

@@ -118,6 +118,8 @@ def _moe(moe: MoESpec, placement: LayerPlacement, widths: _Widths, max_experts: 
             _fit_devices(loss, count)
     before = moe.experts.intermediate_size
     width = experts["intermediate_size"] = widths.scale(before)
+    if moe.dense_layers is not None:
+        values["dense_layers"]["intermediate_size"] = widths.scale(moe.dense_layers.intermediate_size)
     shared = values["shared_experts"]
     if shared is not None and shared["intermediate_size"] is not None:
         shared["intermediate_size"] = max(8, round(width * shared["intermediate_size"] / before))

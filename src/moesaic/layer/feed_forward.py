@@ -38,6 +38,11 @@ class FeedForwardConfig(Config):
             raise ConfigError("gated", False, "does not go with swiglu_double", "set gated: true")
         return self
 
+    @property
+    def parts(self) -> int:
+        """Matrices in the first projection, as of experts."""
+        return 3 if self.activation == "swiglu_double" else 2 if self.gated else 1
+
     def build(self, hidden_size: int) -> FeedForward:
         """One such network."""
         return FeedForward(
