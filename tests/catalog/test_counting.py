@@ -76,14 +76,14 @@ def test_published_totals_are_met_within_three_percent_with_exactly_these_except
         difference = record.size().counted(total.counts).total / 1e9 / total.billions - 1
         if abs(difference) > 0.03:
             off[name] = round(100 * difference, 1)
-    # Two gates and untied heads that the paper's totals leave out; the embedding's share; and rounding to 1.2 T.
-    assert off == {
-        "openmoe-base": pytest.approx(23, abs=0.5),
-        "openmoe-8b": pytest.approx(36, abs=0.5),
-        "openmoe-34b": pytest.approx(36, abs=0.5),
-        "glam-0.1b-64e": 9.5,
-        "glam-64b-64e": -3.2,
-    }
+    # The embedding's share, and rounding to 1.2 T. OpenMoE's are those of the released files.
+    assert off == {"glam-0.1b-64e": 9.5, "glam-64b-64e": -3.2}
+
+
+@pytest.mark.parametrize(("name", "printed", "percent"), [("base", 0.65, 23), ("8b", 8.7, 36), ("34b", 34, 36)])
+def test_openmoe_is_larger_than_its_paper_says(name: str, printed: float, percent: int) -> None:
+    """Two gates and an untied head, which the paper's totals leave out."""
+    assert 100 * (model(f"openmoe-{name}").size().total / 1e9 / printed - 1) == pytest.approx(percent, abs=0.5)
 
 
 @pytest.mark.parametrize("name", SURVEY)
