@@ -39,6 +39,10 @@ class TrainingError(MoesaicError, RuntimeError):
     """Training cannot go on (a loss that is not finite, a run directory that belongs to another run)."""
 
 
+class TraceError(MoesaicError, ValueError):
+    """A trace is missing, damaged, of another format, or belongs to another model or tokenizer."""
+
+
 class UnsupportedModel(MoesaicError, ValueError):
     """A transformers model that moesaic can't take apart; the message says why and names families that work."""
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from moesaic.trace.accounting import Accounting, Count, LayerPlan, account
 from moesaic.trace.batches import trace_batches
+from moesaic.trace.checks import check_model, check_tokenizer
 from moesaic.trace.counting import count
 from moesaic.trace.counts import LayerCounts, RoutingCounts
+from moesaic.trace.file import TraceFile
 from moesaic.trace.group_counts import DropCounts, GroupCounts
 from moesaic.trace.header import LayerFacts, TraceHeader, tokenizer_fingerprint
 from moesaic.trace.metrics import (
@@ -41,6 +43,8 @@ from moesaic.trace.specialisation import (
     inner_balance,
     outer_balance,
 )
+from moesaic.trace.stream import StreamedTrace
+from moesaic.trace.writer import TraceWriter
 
 __all__ = [
     "Accounting",
@@ -60,10 +64,15 @@ __all__ = [
     "Rows",
     "StateInfluence",
     "StatisticsTables",
+    "StreamedTrace",
     "TokenColumns",
     "TokenShare",
+    "TraceFile",
     "TraceHeader",
+    "TraceWriter",
     "account",
+    "check_model",
+    "check_tokenizer",
     "coactivation",
     "coactivation_counts",
     "count",

@@ -21,12 +21,14 @@ class LayerFacts(Config):
         top_k: K, the most selections of a token.
         num_null: null experts, whose numbers follow those of the experts.
         router: kind of router.
+        selects: whether tokens select experts. False for soft slots and merged experts, of which a trace has no rows.
     """
 
     num_experts: PositiveInt
     top_k: PositiveInt
     num_null: NonNegativeInt = 0
     router: str = ""
+    selects: bool = True
 
     @property
     def num_columns(self) -> int:

@@ -14,24 +14,40 @@ class DocumentNumbering:
 
     A row of a batch is a document, or several where positions start anew inside it (packing). A row whose positions go on
     where the same row of the last forward pass ended continues that document, as in generation with a cache.
+
+    Args:
+        first: number of the first document.
     """
 
-    def __init__(self) -> None:
-        self._next = 0
+    def __init__(self, first: int = 0) -> None:
+        self._next = first
         self._last_document_B = torch.empty(0, dtype=torch.int64)
         self._last_position_B = torch.empty(0, dtype=torch.int64)
         self._last_place_B = torch.empty(0, dtype=torch.int64)
 
-    def columns(self, context: RoutingContext, *, domain: int = 0, turn_T: Tensor | None = None) -> TokenColumns:
+    @property
+    def next_document(self) -> int:
+        """Number of the document that comes next."""
+        return self._next
+
+    def columns(
+        self,
+        context: RoutingContext,
+        *,
+        domain: int = 0,
+        turn_T: Tensor | None = None,
+        num_tokens: int | None = None,
+    ) -> TokenColumns:
         """The real tokens of a forward pass.
 
         Args:
             context: of the forward pass, whose layers have run.
             domain: number of their domain.
             turn_T: turn of every token, padding included, if known.
+            num_tokens: tokens of the forward pass, padding included; None to take it from the records.
         """
         batch = context.batch_size
-        length = next(iter(context.records.values())).index_TK.shape[0] // batch
+        length = (num_tokens or next(iter(context.records.values())).index_TK.shape[0]) // batch
         real_BL = _grid(context.mask_T, batch, length, torch.bool, default=True)
         place_BL = real_BL.cumsum(-1) - 1
         if context.position_T is not None:

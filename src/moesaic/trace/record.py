@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesaic.errors import ConfigError, UnsupportedModel
-from moesaic.hf import MoesaicModel
+from moesaic.errors import ConfigError
+from moesaic.hf.routing_source import routing_source
 from moesaic.layer import LayerLoad, Routing, RoutingContext
-from moesaic.trace.header import LayerFacts, TraceHeader
+from moesaic.trace.facts import facts_of
+from moesaic.trace.header import LayerFacts, TraceHeader, tokenizer_fingerprint
+from moesaic.trace.labels import Labels
 from moesaic.trace.numbering import DocumentNumbering
 from moesaic.trace.positions import PositionCounts
 from moesaic.trace.rows import NOTHING, Rows, TokenColumns, rows_of
+from moesaic.trace.sampling import check_sample, sampled
+from moesaic.trace.stream import StreamedTrace
+from moesaic.trace.writer import TraceWriter
 
 Keep = Literal["counts", "tokens"]
 
@@ -41,6 +47,8 @@ class LayerTrace:
         dropped: picks that a capacity dropped.
         unserved: tokens that no expert computed, because all their picks were dropped or null.
         tokens: tokens counted.
+        selects: whether tokens select experts; False for soft slots and merged experts.
+        has_scores: whether the scores of all columns are kept.
         rows: their routing by forward pass; empty if only counts are kept.
     """
 
@@ -55,6 +63,8 @@ class LayerTrace:
     dropped: int = 0
     unserved: int = 0
     tokens: int = 0
+    selects: bool = True
+    has_scores: bool = False
     rows: list[Rows] = field(default_factory=list, repr=False)
 
     @property
@@ -107,10 +117,10 @@ class LayerTrace:
             dropped_T = _real(routing.dropped_TK.sum(-1), mask_T).cpu()
             self.domain_positions.setdefault(domain, PositionCounts()).add(position_T, picks_T, dropped_T)
         if tokens is not None:
-            self.rows.append(rows_of(self.layer, routing, tokens, mask_T))
+            self.rows.append(rows_of(self.layer, routing, tokens, mask_T, scores=self.has_scores))
 
 
-class RoutingTrace:
+class RoutingTrace(Labels):
     """What `record` collected: one `LayerTrace` for each MoE layer, and the tokens that were routed.
 
     Attributes:
@@ -119,51 +129,50 @@ class RoutingTrace:
         num_tokens: tokens recorded, padding left out.
     """
 
-    def __init__(self, keep: Keep, facts: TraceHeader | None = None) -> None:
+    def __init__(self, keep: Keep, facts: TraceHeader | None = None, *, seed: int = 0) -> None:
+        super().__init__()
         self.keep: Keep = keep
         self.layers: dict[int, LayerTrace] = {}
         self.num_tokens = 0
-        self._domain = ""
-        self._domains = [""]
         self._numbering = DocumentNumbering()
         self._tokens: list[TokenColumns] = []
         self._facts = facts or TraceHeader(layers={})
+        self._seed = seed
 
     @property
     def header(self) -> TraceHeader:
         """What was traced, with the layers that have run."""
         layers = {
             index: LayerFacts(
-                num_experts=layer.num_experts, top_k=layer.top_k, num_null=layer.num_null, router=layer.router
+                num_experts=layer.num_experts,
+                top_k=layer.top_k,
+                num_null=layer.num_null,
+                router=layer.router,
+                selects=layer.selects,
             )
             for index, layer in sorted(self.layers.items())
         }
         return self._facts.model_copy(update={"layers": layers, "domains": tuple(self._domains)})
 
     def rows(self, layers: Collection[int] | None = None) -> Iterator[Rows]:
-        """Every row once, by forward pass and layer; see `RoutingLog`.
+        """Every row once, by forward pass and layer, of layers whose tokens select experts; see `RoutingLog`.
 
         Raises:
             ConfigError: if only counts were kept.
         """
         if self.keep != "tokens":
             raise _no_tokens()
-        chosen = [layer for index, layer in sorted(self.layers.items()) if layers is None or index in layers]
+        chosen = [
+            layer
+            for index, layer in sorted(self.layers.items())
+            if layer.selects and (layers is None or index in layers)
+        ]
         for step in range(max((len(layer.rows) for layer in chosen), default=0)):
             for layer in chosen:
                 if step < len(layer.rows):
                     rows = layer.rows[step]
                     missing = layer.top_k - rows.choice_TK.shape[1]
                     yield rows if not missing else _wider(rows, missing)
-
-    @contextlib.contextmanager
-    def domain(self, name: str) -> Iterator[None]:
-        """Count the forward passes inside this block under `name`, besides the total."""
-        before, self._domain = self._domain, name
-        try:
-            yield
-        finally:
-            self._domain = before
 
     @property
     def token_ids_T(self) -> Tensor | None:
@@ -179,65 +188,131 @@ class RoutingTrace:
 
     def add(self, context: RoutingContext) -> None:
         """Add the routing of one forward pass; `record` calls it for every one."""
-        mask_T = context.mask_T
-        position_T = _positions(context)
+        if not context.records:
+            return
+        size = next(iter(context.records.values())).index_TK.shape[0]
+        mask_T, position_T = context.mask_T, _positions(context)
         tokens = None
-        if self.keep == "tokens":
-            if self._domain not in self._domains:
-                self._domains.append(self._domain)
-            tokens = self._numbering.columns(context, domain=self._domains.index(self._domain))
+        if self.keep == "tokens" or self._facts.sample < 1:
+            number, turn_T = self._domain_number(self._domain), self._turns(context, size)
+            tokens = self._numbering.columns(context, domain=number, turn_T=turn_T)
+            in_T = sampled(tokens.document_T, self._facts.sample, self._seed)
+            if in_T is not None:
+                tokens, mask_T = tokens[in_T], _narrowed(mask_T, in_T)
+                position_T = None if position_T is None else position_T[in_T]
+        if tokens is not None and self.keep == "tokens":
             self._tokens.append(tokens)
         for layer, routing in context.records.items():
             if layer not in self.layers:
                 kind = self._facts.layers[layer].router if layer in self._facts.layers else ""
-                self.layers[layer] = LayerTrace(layer, routing.num_experts, routing.top_k, routing.num_null, kind)
-            self.layers[layer]._add(routing, mask_T, position_T, self._domain, tokens)
-        size = next(iter(context.records.values())).index_TK.shape[0]
+                self.layers[layer] = LayerTrace(
+                    layer,
+                    routing.num_experts,
+                    routing.top_k,
+                    routing.num_null,
+                    kind,
+                    selects=routing.assignment is None,
+                    has_scores=self._facts.has_scores,
+                )
+            kept = tokens if self.keep == "tokens" else None
+            self.layers[layer]._add(routing, mask_T, position_T, self._domain, kept)
         self.num_tokens += size if mask_T is None else int(mask_T.sum())
 
 
+@overload
+def record(
+    model: nn.Module,
+    path: None = None,
+    *,
+    keep: Keep = "tokens",
+    sample: float = 1.0,
+    seed: int = 0,
+    scores: bool = False,
+    tokenizer: Any = None,
+) -> AbstractContextManager[RoutingTrace]: ...
+@overload
+def record(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    keep: Keep = "tokens",
+    sample: float = 1.0,
+    seed: int = 0,
+    scores: bool = False,
+    tokenizer: Any = None,
+    append: bool = False,
+    rank: int = 0,
+) -> AbstractContextManager[StreamedTrace]: ...
 @contextlib.contextmanager
-def record(model: nn.Module, *, keep: Keep = "tokens") -> Iterator[RoutingTrace]:
+def record(
+    model: nn.Module,
+    path: str | Path | None = None,
+    *,
+    keep: Keep = "tokens",
+    sample: float = 1.0,
+    seed: int = 0,
+    scores: bool = False,
+    tokenizer: Any = None,
+    append: bool = False,
+    rank: int = 0,
+) -> Iterator[RoutingTrace | StreamedTrace]:
     """Record the routing of everything that `model` computes inside the block.
 
     Works for training steps, evaluation and `generate()`; with a cache each token counts once. Padding is dropped.
 
-        with moesaic.record(model) as trace:
+        with moesaic.record(model) as trace:  # in memory
             model(input_ids)
         trace.layers[3].load_N
 
+        with moesaic.record(model, "code.trace", sample=0.1):  # to disk, while it runs
+            model(input_ids)
+        moesaic.trace.TraceFile("code.trace")
+
     Args:
         model: a moesaic model, or a module that holds one (a PEFT model, a wrapper for data parallelism).
+        path: folder to write the trace to, in bounded memory (docs/contracts/trace.md has the format); None keeps it in
+            memory.
         keep: "counts" keeps only the load of each expert, and with a capacity the drops by position: 16 bytes for each
             layer, expert and domain, and 4 kB for each layer and domain, however long the run. "tokens" also keeps every
             pick with its weight, 6 K bytes for each token and layer, and the tokens, 25 bytes for each (100,000 tokens
             through 27 layers with 6 picks take 100 MB).
+        sample: share of the documents to record, each as a whole.
+        seed: which documents those are.
+        scores: also keep the router's scores of all experts.
+        tokenizer: the one that made the ids; its fingerprint goes into the header.
+        append: add to a trace that is at `path` already.
+        rank: number of this process, where several write to the same `path`.
+
+    Yields:
+        A `RoutingTrace`, or with a path a `StreamedTrace`. Both have `domain(name)` and `turn(number)`, which label what
+        runs inside them.
 
     Raises:
         UnsupportedModel: if `model` holds no moesaic model, or that model has no MoE layer.
-        ConfigError: if `keep` is neither choice.
+        ConfigError: if an argument is not one of the choices.
+        TraceError: if there is a trace at `path` and `append` is not set, or it can't be written.
     """
     if keep not in ("counts", "tokens"):
         raise ConfigError("keep", keep, "is not one of the choices", "choose 'counts' or 'tokens'")
-    found = _moesaic_model(model)
-    trace = RoutingTrace(keep, _facts(found))
-    handle = found.add_routing_listener(trace.add)
-    try:
+    if path is not None and keep == "counts":
+        raise ConfigError("keep", keep, "makes nothing to write", "leave it out, or leave out `path`")
+    check_sample(sample)
+    source = routing_source(model)
+    header = facts_of(source).model_copy(
+        update={
+            "sample": sample,
+            "has_scores": scores,
+            "tokenizer": "" if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        }
+    )
+    with contextlib.ExitStack() as stack:
+        if path is None:
+            trace = RoutingTrace(keep, header, seed=seed)
+        else:
+            writer = stack.enter_context(TraceWriter(path, header, rank=rank, append=append))
+            trace = StreamedTrace(writer, seed=seed)
+        stack.callback(source.listen(trace.add).remove)
         yield trace
-    finally:
-        handle.remove()
-
-
-def _moesaic_model(model: nn.Module) -> MoesaicModel:
-    found = next((module for module in model.modules() if isinstance(module, MoesaicModel)), None)
-    if found is None:
-        raise UnsupportedModel(
-            f"{type(model).__name__} does not report its routing: it is not a moesaic model; "
-            "turn a Mixture-of-Experts model of transformers into one with moesaic.convert(model)"
-        )
-    if not found.moe_blocks():
-        raise UnsupportedModel(f"this {type(model).__name__} has no MoE layer, so there is no routing to record")
-    return found
 
 
 def _real(values_T: Tensor, mask_T: Tensor | None) -> Tensor:
@@ -259,21 +334,13 @@ def _positions(context: RoutingContext) -> Tensor | None:
     return (real_BL.cumsum(-1) - 1)[real_BL]
 
 
-def _facts(model: MoesaicModel) -> TraceHeader:
-    """What a moesaic model says of itself before it has run."""
-    config = model.config.get_text_config()
-    layers = {
-        layer: LayerFacts(num_experts=block.gate.num_experts, top_k=block.gate.top_k, router=block.gate.config.type)
-        for layer, block in model.moe_blocks().items()
-    }
-    name = model.config.name_or_path or type(model).__name__
-    return TraceHeader(
-        model=name,
-        model_type=config.model_type,
-        vocab_size=config.vocab_size,
-        layers=layers,
-        moesaic=version("moesaic"),
-    )
+def _narrowed(mask_T: Tensor | None, in_T: Tensor) -> Tensor:
+    """The mask without the real tokens that are not in."""
+    if mask_T is None:
+        return in_T
+    narrowed_T = mask_T.clone()
+    narrowed_T[mask_T] = in_T.to(mask_T.device)
+    return narrowed_T
 
 
 def _wider(rows: Rows, missing: int) -> Rows:

@@ -118,34 +118,80 @@ class RoutingLog(Protocol):
         ...
 
 
-@torch.no_grad()
-def rows_of(layer: int, routing: Routing, tokens: TokenColumns, real_T: Tensor | None, *, scores: bool = False) -> Rows:
+@dataclass(frozen=True)
+class Snapshot:
+    """What one layer decided in a forward pass, copied on its device so that nothing changes or keeps it.
+
+    Attributes:
+        num_columns: M.
+        choice_TK: selections in the router's order, in [0, M]; M where nothing was selected.
+        weight_TK: their weights, float32.
+        compared_TK: what the router compared to select them.
+        dropped_TK: selections that found their expert full, or None.
+        scores_TM: scores of all columns, float32, if asked for.
+    """
+
+    num_columns: int
+    choice_TK: Tensor
+    weight_TK: Tensor
+    compared_TK: Tensor
+    dropped_TK: Tensor | None
+    scores_TM: Tensor | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, routing: Routing, *, scores: bool = False) -> Snapshot:
+        """Of a record; waits for no device."""
+        columns = routing.num_columns
+        choice_TK = routing.choice_TK.detach()
+        compared_TK = routing.selection_TN.detach().gather(-1, choice_TK.clamp(max=columns - 1))
+        small = torch.int16 if columns < torch.iinfo(torch.int16).max else torch.int32
+        return cls(
+            num_columns=columns,
+            choice_TK=choice_TK.to(small, copy=True),
+            weight_TK=routing.weight_TK.detach().to(torch.float32, copy=True),
+            compared_TK=compared_TK,
+            dropped_TK=None if routing.dropped_TK is None else routing.dropped_TK.detach().clone(),
+            scores_TM=routing.scores_TN.detach().to(torch.float32, copy=True) if scores else None,
+        )
+
+    @torch.no_grad()
+    def rows(self, layer: int, tokens: TokenColumns, kept_T: Tensor | None) -> Rows:
+        """The rows on the CPU.
+
+        Args:
+            layer: index of the decoder layer.
+            tokens: the tokens that are kept.
+            kept_T: which of the tokens those are, on the CPU; None for all.
+        """
+
+        def take(values: Tensor) -> Tensor:
+            return (values if kept_T is None else values[kept_T.to(values.device)]).cpu()
+
+        choice_TK, weight_TK, compared_TK = take(self.choice_TK), take(self.weight_TK), take(self.compared_TK)
+        dropped_TK = None if self.dropped_TK is None else take(self.dropped_TK)
+        nothing_TK = choice_TK >= self.num_columns
+        if nothing_TK.any():
+            choice_TK = choice_TK.masked_fill(nothing_TK, NOTHING)
+            weight_TK = weight_TK.masked_fill(nothing_TK, 0.0)
+            compared_TK = compared_TK.masked_fill(nothing_TK, -torch.inf)
+        # Most routers select in order.
+        if not (compared_TK[:, :-1] >= compared_TK[:, 1:]).all():
+            order_TK = compared_TK.argsort(dim=-1, descending=True, stable=True)
+            choice_TK, weight_TK = choice_TK.gather(-1, order_TK), weight_TK.gather(-1, order_TK)
+            dropped_TK = None if dropped_TK is None else dropped_TK.gather(-1, order_TK)
+        scores_TM = None if self.scores_TM is None else take(self.scores_TM)
+        return Rows(layer, tokens, choice_TK, weight_TK, dropped_TK, scores_TM)
+
+
+def rows_of(layer: int, routing: Routing, tokens: TokenColumns, kept_T: Tensor | None, *, scores: bool = False) -> Rows:
     """The rows of one layer and forward pass.
 
     Args:
         layer: index of the decoder layer.
         routing: its record.
-        tokens: the tokens, without padding.
-        real_T: which tokens of the record they are; None for all.
+        tokens: the tokens that are kept.
+        kept_T: which tokens of the record they are; None for all.
         scores: keep the scores of all columns.
     """
-
-    def take(values: Tensor, dtype: torch.dtype) -> Tensor:
-        values = values.detach() if real_T is None else values.detach()[real_T.to(values.device)]
-        return values.to(device="cpu", dtype=dtype, copy=True)
-
-    choice_TK = take(routing.choice_TK, torch.int64)
-    nothing_TK = choice_TK >= routing.num_columns
-    weight_TK = take(routing.weight_TK, torch.float32)
-    dropped_TK = None if routing.dropped_TK is None else take(routing.dropped_TK, torch.bool)
-    compared_TK = take(routing.selection_TN, torch.float32).gather(-1, choice_TK.clamp(max=routing.num_columns - 1))
-    order_TK = compared_TK.masked_fill(nothing_TK, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    small = torch.int16 if routing.num_columns < torch.iinfo(torch.int16).max else torch.int32
-    return Rows(
-        layer=layer,
-        tokens=tokens,
-        choice_TK=choice_TK.masked_fill(nothing_TK, NOTHING).gather(-1, order_TK).to(small),
-        weight_TK=weight_TK.masked_fill(nothing_TK, 0.0).gather(-1, order_TK),
-        dropped_TK=None if dropped_TK is None else dropped_TK.gather(-1, order_TK),
-        scores_TM=take(routing.scores_TN, torch.float32) if scores else None,
-    )
+    return Snapshot.of(routing, scores=scores).rows(layer, tokens, kept_T)
