@@ -39,7 +39,9 @@ def test_modules_and_public_names_have_docstrings():
             missing.append(name)
         for node in tree.body:
             documented = isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            if documented and not node.name.startswith("_") and not ast.get_docstring(node):
+            decorators = [ast.unparse(one) for one in node.decorator_list] if documented else []
+            public = documented and "overload" not in decorators and not node.name.startswith("_")
+            if public and not ast.get_docstring(node):
                 missing.append(f"{name}: {node.name}")
     assert missing == []
 
