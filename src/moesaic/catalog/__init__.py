@@ -12,16 +12,34 @@ from moesaic.catalog.load import model, models, preset, presets
 from moesaic.catalog.schema import ModelRecord, ParameterCount, Preset, PublishedParameters
 from moesaic.catalog.shape import Shape
 from moesaic.catalog.shrink import shrink
+from moesaic.catalog.taxonomy import (
+    DECISIONS,
+    Mechanism,
+    RoutingLoss,
+    branches,
+    equations,
+    losses,
+    mechanism,
+    mechanisms,
+)
 
 __all__ = [
+    "DECISIONS",
     "CannotCount",
     "DtypeName",
+    "Mechanism",
     "ModelRecord",
     "ParameterCount",
     "Preset",
     "PublishedParameters",
+    "RoutingLoss",
     "Shape",
     "Size",
+    "branches",
+    "equations",
+    "losses",
+    "mechanism",
+    "mechanisms",
     "model",
     "models",
     "preset",

@@ -83,6 +83,7 @@ def _multiple(width: float) -> int:
 def _placement(layers: LayerPlacement, num_layers: int) -> tuple[int, LayerPlacement]:
     """Number of layers, and which are MoE, with values for the first and last of them in per-layer lists."""
     indices = layers.indices(num_layers)
+    update: dict[str, Any]
     if layers.only is None:
         first = min(layers.first_dense, 1)
         blocks = min(len(indices), 2 if layers.every <= 3 else 1)
