@@ -26,7 +26,7 @@ from moesaic.trace.metrics import (
 )
 from moesaic.trace.positions import PositionCounts
 from moesaic.trace.record import LayerTrace, RoutingTrace, record
-from moesaic.trace.report import write_report
+from moesaic.trace.report import make_report, write_report
 from moesaic.trace.router_statistics import (
     RouterStatistics,
     StateInfluence,

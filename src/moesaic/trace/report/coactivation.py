@@ -1,0 +1,77 @@
+"""Which experts are picked together."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moesaic.trace.counts import LayerCounts
+from moesaic.trace.plots import HeatMap
+from moesaic.trace.report.parts import Column, Figure, Section, Table, matrix
+from moesaic.trace.report.subject import Subject
+
+EXPERTS_SHOWN = 64
+PAIRS_SHOWN = 60
+
+
+def section(subject: Subject) -> Section | None:
+    """Strongest pairs and matrix of the layers in detail; None if no token has two experts."""
+    layers = [layer for layer in subject.detailed if layer.top_k > 1]
+    if not layers:
+        return None
+    figures = [figure for layer in layers for figure in _figures(subject, layer)]
+    intro = "Of the tokens that picked one expert, how many also picked another."
+    return Section("coactivation", "Experts picked together", intro, figures, subject.detail_note)
+
+
+def _figures(subject: Subject, layer: LayerCounts) -> list[Figure]:
+    share_NN, independent = subject.together(layer)
+    order = np.argsort(-np.nan_to_num(share_NN), axis=None, kind="stable")[:PAIRS_SHOWN]
+    pairs = [(int(i), int(j)) for i, j in zip(*np.unravel_index(order, share_NN.shape), strict=True)]
+    shown = _strongest(share_NN)
+    names = [str(expert) for expert in shown]
+    part_NN = share_NN[np.ix_(shown, shown)]
+    cut = f" The {len(shown)} experts with the strongest pairs of {layer.num_experts:,} are shown." if len(shown) < layer.num_experts else ""
+    sums_N = np.nansum(share_NN, axis=1)[~np.isnan(share_NN).all(axis=1)]
+    check = f"{sums_N.min():.3f} to {sums_N.max():.3f}" if len(sums_N) else "nothing"
+    return [
+        Figure(
+            f"coactivation-layer-{layer.layer}",
+            "Co-activation",
+            "Row i, column j: of the tokens that picked expert i, the share that also picked expert j. Even, independent "
+            f"picks would give {independent:.2%} everywhere. A dark column is a popular expert; a dark cell on both sides "
+            f"of the diagonal is a pair that works together. All cells of a row, shown or not, sum to the picks beside "
+            f"one, K - 1 where every token has K: here {check}.{cut}",
+            matrix("Co-activation: share of the row expert's tokens", "expert", names, names, part_NN),
+            HeatMap(
+                part_NN,
+                "of the tokens of expert",
+                "this share also picked expert",
+                "share of the tokens",
+                names,
+                names,
+                width=640.0,
+            ),
+            layer=layer.layer,
+        ),
+        Figure(
+            f"pairs-layer-{layer.layer}",
+            "Strongest pairs",
+            "Pairs of experts, strongest first. Lift: the share over that of even, independent picks.",
+            Table(
+                "Strongest pairs of experts",
+                [Column("of the tokens of"), Column("also picked"), Column("share", ".1%"), Column("lift", ".2f")],
+                [
+                    [i, j, float(share_NN[i, j]), float(share_NN[i, j]) / independent if independent else None]
+                    for i, j in pairs
+                    if share_NN[i, j] > 0
+                ],
+            ),
+            layer=layer.layer,
+        ),
+    ]
+
+
+def _strongest(share_NN: np.ndarray) -> list[int]:
+    """The experts with the largest maxima, in the order of their numbers."""
+    best_N = np.nan_to_num(share_NN).max(axis=1, initial=0.0)
+    return sorted(np.argsort(-best_N, kind="stable")[:EXPERTS_SHOWN].tolist())
