@@ -26,7 +26,7 @@ from moesaic.trace.metrics import (
 )
 from moesaic.trace.positions import PositionCounts
 from moesaic.trace.record import LayerTrace, RoutingTrace, record
-from moesaic.trace.report import make_report, write_report
+from moesaic.trace.report import Report, make_report, write_report
 from moesaic.trace.router_statistics import (
     RouterStatistics,
     StateInfluence,
@@ -57,6 +57,7 @@ __all__ = [
     "LayerPlan",
     "LayerTrace",
     "PositionCounts",
+    "Report",
     "RouterStatistics",
     "RoutingCounts",
     "RoutingLog",
@@ -86,6 +87,7 @@ __all__ = [
     "gate_entropy",
     "inner_balance",
     "load_shares",
+    "make_report",
     "null_share",
     "outer_balance",
     "record",

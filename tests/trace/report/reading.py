@@ -96,7 +96,7 @@ class SyntheticLog:
         self, *, layers: int = 60, experts: int = 1000, top_k: int = 8, documents: int = 8, length: int = 128
     ) -> None:
         facts = LayerFacts(num_experts=experts, top_k=top_k, router="top_k")
-        self.header = TraceHeader(layers={layer: facts for layer in range(layers)}, domains=("", "code", "prose"))
+        self.header = TraceHeader(layers=dict.fromkeys(range(layers), facts), domains=("", "code", "prose"))
         self._experts, self._top_k, self._length = experts, top_k, length
         total = documents * length
         document_T = torch.arange(documents).repeat_interleave(length)

@@ -106,7 +106,10 @@ def _legend(plot: HeatMap, left: float, top: float) -> list[str]:
         parts += [
             marks.text(left + width * part, top + 24, f"{top_value * part:.3g}", "middle") for part in (0.0, 0.5, 1.0)
         ]
-    extra = [("ratio", plot.values_RC == 0, NOT_USED, "never picked"), ("", np.isnan(plot.values_RC), EMPTY, "no value")]
+    extra = [
+        ("ratio", plot.values_RC == 0, NOT_USED, "never picked"),
+        ("", np.isnan(plot.values_RC), EMPTY, "no value"),
+    ]
     x = left + width + 24
     for scale, cells, colour, words in extra:
         if cells.any() and scale in ("", plot.scale):

@@ -27,9 +27,13 @@ def radar_chart(plot: Radar, label: str) -> Markup:
         return f"{centre_x + math.sin(angle) * length:.1f} {centre_y - math.cos(angle) * length:.1f}"
 
     parts = [f'<circle cx="{centre_x:g}" cy="{centre_y:g}" r="{step * scale:.1f}" class="ring"/>' for step in steps[1:]]
-    parts.append(f'<path class="grid" d="{"".join(f"M{centre_x:g} {centre_y:g}L{point(a, radius)}" for a in angles)}"/>')
+    parts.append(
+        f'<path class="grid" d="{"".join(f"M{centre_x:g} {centre_y:g}L{point(a, radius)}" for a in angles)}"/>'
+    )
     if plot.reference is not None:
-        parts.append(f'<circle cx="{centre_x:g}" cy="{centre_y:g}" r="{plot.reference[0] * scale:.1f}" class="reference"/>')
+        parts.append(
+            f'<circle cx="{centre_x:g}" cy="{centre_y:g}" r="{plot.reference[0] * scale:.1f}" class="reference"/>'
+        )
     for number, values in enumerate(plot.groups.values()):
         corners = "L".join(point(a, v * scale) for a, v in zip(angles, np.nan_to_num(values).tolist(), strict=True))
         style = f' stroke-dasharray="{DASHES[number % len(DASHES)]}"' if DASHES[number % len(DASHES)] else ""
@@ -37,7 +41,10 @@ def radar_chart(plot: Radar, label: str) -> Markup:
     parts += [marks.text(centre_x + 3, centre_y - step * scale - 2, f"{step:g}", "start") for step in steps[1:]]
     every = max(1, math.ceil(count / 40))
     for index in range(0, count, every):
-        x, y = centre_x + math.sin(angles[index]) * (radius + 14), centre_y - math.cos(angles[index]) * (radius + 14) + 4
+        x, y = (
+            centre_x + math.sin(angles[index]) * (radius + 14),
+            centre_y - math.cos(angles[index]) * (radius + 14) + 4,
+        )
         parts.append(marks.text(x, y, plot.names[index], "middle"))
     parts += _legend(plot, 2 * radius + 66, 30)
     return marks.svg(parts, plot.width, 2 * radius + 60, label, 'class="radar"')

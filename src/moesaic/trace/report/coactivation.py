@@ -30,7 +30,11 @@ def _figures(subject: Subject, layer: LayerCounts) -> list[Figure]:
     shown = _strongest(share_NN)
     names = [str(expert) for expert in shown]
     part_NN = share_NN[np.ix_(shown, shown)]
-    cut = f" The {len(shown)} experts with the strongest pairs of {layer.num_experts:,} are shown." if len(shown) < layer.num_experts else ""
+    cut = (
+        f" The {len(shown)} experts with the strongest pairs of {layer.num_experts:,} are shown."
+        if len(shown) < layer.num_experts
+        else ""
+    )
     sums_N = np.nansum(share_NN, axis=1)[~np.isnan(share_NN).all(axis=1)]
     check = f"{sums_N.min():.3f} to {sums_N.max():.3f}" if len(sums_N) else "nothing"
     return [

@@ -46,7 +46,9 @@ class Document:
     entropy_LT: np.ndarray
 
 
-def chosen_documents(log: RoutingLog, *, budget: int = BUDGET, longest: int = LONGEST, most: int = MOST) -> list[Document]:
+def chosen_documents(
+    log: RoutingLog, *, budget: int = BUDGET, longest: int = LONGEST, most: int = MOST
+) -> list[Document]:
     """Texts of every domain in turn, domains with little text first, until the budget is used up.
 
     Args:

@@ -7,11 +7,6 @@ import numpy as np
 from moesaic.layer import max_violation, routing_entropy
 from moesaic.trace.counts import LayerCounts
 from moesaic.trace.metrics import relative_load
-
-
-def gini(load_N):
-    return 0.0
-
 from moesaic.trace.plots import Bars, HeatMap
 from moesaic.trace.report.parts import HALF, Column, Figure, Section, Table, matrix
 from moesaic.trace.report.subject import Subject
@@ -25,7 +20,12 @@ def load_section(subject: Subject) -> Section:
     layers = [str(layer.layer) for layer in subject.layers]
     experts = [str(expert) for expert in range(subject.num_experts)]
     ranks = [str(rank + 1) for rank in range(subject.num_experts)]
-    shape = {"row_title": "layer", "value_title": "load / mean load of the layer", "row_names": layers, "scale": "ratio"}
+    shape = {
+        "row_title": "layer",
+        "value_title": "load / mean load of the layer",
+        "row_names": layers,
+        "scale": "ratio",
+    }
     figures = [
         Figure(
             "load",
@@ -63,7 +63,6 @@ def balance_section(subject: Subject) -> Section:
         Column("layer"),
         Column("entropy", ".4f"),
         Column("MaxVio", ".4f"),
-        Column("Gini", ".4f"),
         Column("experts that never ran"),
         Column("busiest expert"),
         Column("its share of the picks", ".2%"),
@@ -97,7 +96,7 @@ def balance_section(subject: Subject) -> Section:
             Figure(
                 "balance",
                 "All measures",
-                "Gini: 0 when all experts are used alike, towards 1 when few take all.",
+                "Entropy and MaxVio as above, the experts that nothing ran, and the busiest expert.",
                 Table("Balance by layer", columns, rows),
             ),
         ],
@@ -111,7 +110,6 @@ def _balance(layer: LayerCounts) -> list[int | float]:
         layer.layer,
         float(routing_entropy(load_N)),
         float(max_violation(load_N)),
-        float(gini(load_N)),
         int((load_N == 0).sum()),
         busiest,
         float(load_N[busiest] / load_N.sum().clamp(min=1)),

@@ -44,9 +44,7 @@ def section(subject: Subject) -> Section | None:
         f"experts of each layer. FLOPs are 2 for each active matrix parameter plus attention over {accounting.context_length:,} "
         "positions, forward only."
     )
-    plan = (
-        "Layers in a row that are alike share a line. Width is the hidden size of an expert; shared experts see every token."
-    )
+    plan = "Layers in a row that are alike share a line. Width is the hidden size of an expert; shared experts see every token."
     return Section(
         "size",
         "Size and cost",
@@ -73,7 +71,10 @@ def _parts(accounting: Accounting) -> Table:
 
 
 def _layers(accounting: Accounting) -> Table:
-    texts, numbers = ("layers", "kind", "router"), ("experts", "picks", "expert width", "shared width", "stored", "active")
+    texts, numbers = (
+        ("layers", "kind", "router"),
+        ("experts", "picks", "expert width", "shared width", "stored", "active"),
+    )
     columns = [*(Column(name, text=True) for name in texts), *(Column(name) for name in numbers)]
     rows = [
         [

@@ -61,7 +61,9 @@ def section(subject: Subject) -> Section | None:
                 "Experts per token by frequency",
                 "The tokens of the text, rare ones left and frequent ones right, in groups with about as many occurrences "
                 "each; each cell is the mean number of experts that such a token ran.",
-                matrix("Experts that a token ran, by how often it occurs in the text", "layer", layers, names, values_LB),
+                matrix(
+                    "Experts that a token ran, by how often it occurs in the text", "layer", layers, names, values_LB
+                ),
                 HeatMap(values_LB, "layer", "occurrences of the token, from", "experts per token", layers, names),
             )
         )

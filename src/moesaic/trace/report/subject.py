@@ -12,6 +12,7 @@ from moesaic.errors import ConfigError
 from moesaic.trace.accounting import Accounting
 from moesaic.trace.counting import count
 from moesaic.trace.counts import LayerCounts, RoutingCounts
+from moesaic.trace.metrics import TokenShare
 from moesaic.trace.report.names import TokenNames
 from moesaic.trace.router_statistics import RouterStatistics
 from moesaic.trace.rows import RoutingLog
@@ -121,7 +122,9 @@ class Subject:
 
     def together(self, layer: LayerCounts) -> tuple[np.ndarray, float]:
         """Share of each expert's tokens that also picked another, NaN for unused ones; and that of independent picks."""
-        pairs_NN = self._pairs.layer(layer.layer).pairs_MM[: layer.num_experts, : layer.num_experts].double().numpy()
+        pairs_MM = self._pairs.layer(layer.layer).pairs_MM
+        assert pairs_MM is not None, "they were counted"
+        pairs_NN = pairs_MM[: layer.num_experts, : layer.num_experts].double().numpy()
         load_N = pairs_NN.diagonal().copy()
         with np.errstate(invalid="ignore"):
             share_NN = pairs_NN / load_N[:, None]
@@ -129,21 +132,17 @@ class Subject:
         beside = np.nansum(share_NN.sum(1) * load_N) / max(load_N.sum(), 1)
         return share_NN, beside / max(layer.num_experts - 1, 1)
 
-    def top_tokens(self, layer: LayerCounts):
-        from moesaic.trace.metrics import TokenShare
-
-        group = layer.group("token")
-        load = layer.chosen_M.tolist()
-        found = [[], []]
-        by = [[[] for _ in range(layer.num_experts)] for _ in range(2)]
-        for g, c, n in zip(group.group_P.tolist(), group.column_P.tolist(), group.chosen_P.tolist()):
-            if c >= layer.num_experts:
-                continue
-            lift = n / load[c] / (int(group.tokens_G[g]) / layer.tokens)
-            item = TokenShare(int(group.label_G[g]), n, lift)
-            if n >= self.minimum:
-                by[0][c].append(item)
-            by[1][c].append(item)
-        specific = [sorted(items, key=lambda i: (-i.lift, -i.count))[: self.top] for items in by[0]]
-        frequent = [sorted(items, key=lambda i: -i.count)[: self.top] for items in by[1]]
-        return specific, frequent
+    def top_tokens(self, layer: LayerCounts) -> tuple[list[list[TokenShare]], list[list[TokenShare]]]:
+        """Tokens that each expert prefers, and tokens that it sees most, best first."""
+        group, load = layer.group("token"), layer.chosen_M.tolist()
+        by_lift: list[list[TokenShare]] = [[] for _ in load]
+        by_count: list[list[TokenShare]] = [[] for _ in load]
+        tokens, ids = group.tokens_G.tolist(), group.label_G.tolist()
+        pairs = zip(group.group_P.tolist(), group.column_P.tolist(), group.chosen_P.tolist(), strict=True)
+        for number, column, picks in pairs:
+            item = TokenShare(ids[number], picks, picks / load[column] / (tokens[number] / layer.tokens))
+            by_count[column].append(item)
+            if picks >= self.minimum:
+                by_lift[column].append(item)
+        specific = [sorted(found, key=lambda item: (-item.lift, -item.count))[: self.top] for found in by_lift]
+        return specific, [sorted(found, key=lambda item: -item.count)[: self.top] for found in by_count]

@@ -24,7 +24,12 @@ def _figure(subject: Subject, layer: LayerCounts) -> Figure:
     load = layer.chosen_M.tolist()
     total = max(sum(load), 1)
     rows = [
-        [expert, load[expert] / total, _chips(subject, specific[expert], True), _chips(subject, frequent[expert], False)]
+        [
+            expert,
+            load[expert] / total,
+            _chips(subject, specific[expert], True),
+            _chips(subject, frequent[expert], False),
+        ]
         for expert in range(layer.num_experts)
     ]
     columns = [
