@@ -12,7 +12,7 @@ from moesaic.catalog import preset
 from moesaic.hf import MoeCausalLMOutput, MoesaicConfig, MoesaicForCausalLM, MoesaicModel, build, convert, export
 from moesaic.infer.decode import fast_decoding
 from moesaic.layer import MoESpec
-from moesaic.trace import record
+from moesaic.trace import record, replay
 from moesaic.transform import add_null_experts, upcycle
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ __all__ = [
     "fast_decoding",
     "preset",
     "record",
+    "replay",
     "upcycle",
 ]
 

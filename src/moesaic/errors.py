@@ -40,7 +40,7 @@ class TrainingError(MoesaicError, RuntimeError):
 
 
 class TraceError(MoesaicError, ValueError):
-    """A trace is missing, damaged, of another format, or belongs to another model or tokenizer."""
+    """A trace is missing, damaged, of another format, or belongs to another model, tokenizer or text."""
 
 
 class UnsupportedModel(MoesaicError, ValueError):
@@ -53,6 +53,10 @@ class UnsupportedExport(MoesaicError, ValueError):
 
 class UnsupportedKernel(MoesaicError, ValueError):
     """No expert kernel can run these weights on this input; the message lists each kernel's reason."""
+
+
+class UnsupportedOverride(MoesaicError, ValueError):
+    """A model or router whose picks or weights can't be given from outside; the message says why and what would work."""
 
 
 class UnsupportedDecoding(MoesaicError, ValueError):

@@ -20,7 +20,7 @@ from tests.layer.router_rows import LENGTH, MODALITIES, ROUTERS, TASKS, VOCABULA
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, UnsupportedOverride
 from moesaic.layer import (
     BalanceLoss,
     BaseRouterConfig,
@@ -35,6 +35,7 @@ from moesaic.layer import (
     Routing,
     RoutingContext,
     ZLoss,
+    routing_at,
 )
 from moesaic.layer.balance import BalanceObjective
 
@@ -144,6 +145,46 @@ def gradients(router: torch.nn.Module, value: Tensor) -> dict[str, Tensor]:
 
 
 both_modes = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+
+
+# --- Picks from outside --------------------------------------------------------------------------------------------------
+
+
+@both_modes
+def test_its_rule_weighs_its_own_picks_as_it_did(config: BaseRouterConfig, training: bool) -> None:
+    router, x_BTD = make_router(config, training=training), make_input()
+    routing = route(router, x_BTD)
+    assert config.takes_picks == (routing.assignment is None)
+    if not router.says_weights:
+        with pytest.raises(UnsupportedOverride, match=f"router {config.type} .*weights"):
+            router.weights_at(routing, routing.choice_TK)
+        return
+    shuffled_TK = torch.rand(routing.choice_TK.shape, generator=torch.Generator().manual_seed(1)).argsort(-1)
+    choice_TK = F.pad(routing.choice_TK.gather(-1, shuffled_TK), (0, 1), value=routing.num_columns)
+    again = routing_at(router, route(router, x_BTD), choice_TK)
+    torch.testing.assert_close(run_experts(again, x_BTD), run_experts(routing, x_BTD), rtol=1e-12, atol=1e-12)
+    for name in ("index_TK", "identity_weight_T"):
+        expected, found = getattr(routing, name), getattr(again, name)
+        if name == "index_TK":
+            expected, found = expected.sort(-1).values, found.sort(-1).values[:, : routing.top_k]
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    probe_TN = torch.randn(len(choice_TK), N + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    wanted = gradients(router, (routing.weight_TK * probe_TN.gather(-1, routing.index_TK)).sum())
+    actual = gradients(router, (again.weight_TK * probe_TN.gather(-1, again.index_TK)).sum())
+    torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-12)
+
+
+@both_modes
+def test_tokens_without_picks_have_no_weight_and_no_nan_gradient(config: BaseRouterConfig, training: bool) -> None:
+    router = make_router(config, training=training)
+    if not router.says_weights:
+        pytest.skip("weighs no picks")
+    routing = route(router, make_input())
+    choice_TK = routing.choice_TK.clone()
+    choice_TK[::2] = routing.num_columns
+    weight_TK = router.weights_at(routing, choice_TK)
+    assert not weight_TK[::2].any()
+    assert all(gradient.isfinite().all() for gradient in gradients(router, weight_TK.square().sum()).values())
 
 
 # --- The record -------------------------------------------------------------------------------------------------------

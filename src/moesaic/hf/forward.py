@@ -30,6 +30,12 @@ def forward_context(
     )
 
 
+def num_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
+    """T, the tokens of a forward pass."""
+    given = input_ids if input_ids is not None else inputs_embeds
+    return 0 if given is None else given.shape[0] * given.shape[1]
+
+
 def sequence_weights(
     labels: Tensor | None,
     context: RoutingContext,

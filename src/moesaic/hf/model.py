@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,10 +20,10 @@ from moesaic.hf.backbone import CONTEXT, Carried, build_backbone, moe_blocks
 from moesaic.hf.configuration import MoesaicConfig
 from moesaic.hf.experts import IMPLEMENTATION, check_implementation
 from moesaic.hf.families import family_of
-from moesaic.hf.forward import forward_context, sequence_weights
+from moesaic.hf.forward import forward_context, num_tokens, sequence_weights
 from moesaic.hf.limits import check_needs, check_pipeline, check_vocabulary
 from moesaic.hf.output import MoeCausalLMOutput, MoeModelOutput
-from moesaic.layer import MoEBlock, Router, RoutingContext
+from moesaic.layer import MoEBlock, OverrideFactory, Overrides, Router, RoutingContext
 from moesaic.layer.balance import BalanceObjective, Coefficients
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class MoesaicModel(MoesaicPreTrainedModel):
         self._draws = "random_numbers" in spec.depends_on(training=True)
         self.gradient_checkpointing = False
         self._listeners: OrderedDict[int, RoutingListener] = OrderedDict()
+        self._overrides: list[OverrideFactory] = []
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -125,6 +127,23 @@ class MoesaicModel(MoesaicPreTrainedModel):
         handle = RemovableHandle(self._listeners)
         self._listeners[handle.id] = listener
         return handle
+
+    @contextlib.contextmanager
+    def override_routing(self, factory: OverrideFactory) -> Iterator[None]:
+        """Change the routing of every forward pass that begins inside this block; see `RoutingOverride`.
+
+        Blocks may be nested: an inner override gets the routing that the outer one made. A backward pass that recomputes
+        layers after the block meets the override of its forward pass all the same.
+
+        Args:
+            factory: makes the override of one forward pass.
+        """
+        self._overrides = [*self._overrides, factory]
+        before = self._overrides[:-1]
+        try:
+            yield
+        finally:
+            self._overrides = before
 
     @can_return_tuple
     def forward(
@@ -170,6 +189,8 @@ class MoesaicModel(MoesaicPreTrainedModel):
             # Drawn on the host, which gives the same on every device, and moved once for all layers.
             given = input_ids if input_ids is not None else inputs_embeds
             context.seed = torch.randint(2**62, ()).to(given.device)  # type: ignore[union-attr]
+        if self._overrides:
+            context.override = Overrides.made(self._overrides, context, num_tokens(input_ids, inputs_embeds))
         # capture_outputs of the backbone would look for a recorder of router logits that dense families lack.
         output = self.backbone(
             input_ids=input_ids,

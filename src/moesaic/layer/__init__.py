@@ -36,6 +36,7 @@ from moesaic.layer.depth import DepthConfig
 from moesaic.layer.experts import Experts, ExpertsConfig
 from moesaic.layer.feed_forward import FeedForward, FeedForwardConfig
 from moesaic.layer.load import LayerLoad, all_reduce_loads, loads_of
+from moesaic.layer.override import OverrideFactory, Overrides, RoutingOverride, routing_at
 from moesaic.layer.permutation import Order, gather, order, restore
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers import (
@@ -163,6 +164,8 @@ __all__ = [
     "NullExpertsConfig",
     "NullExpertsRouter",
     "Order",
+    "OverrideFactory",
+    "Overrides",
     "PrototypedConfig",
     "PrototypedRouter",
     "RandomConfig",
@@ -176,6 +179,7 @@ __all__ = [
     "RouterLoss",
     "Routing",
     "RoutingContext",
+    "RoutingOverride",
     "SampledSecondConfig",
     "SampledSecondRouter",
     "Schedule",
@@ -213,5 +217,6 @@ __all__ = [
     "order",
     "post_step",
     "restore",
+    "routing_at",
     "routing_entropy",
 ]

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from moesaic.layer.capacity import limit_capacity
+from moesaic.layer.capacity import drop_picks, limit_capacity
 from moesaic.layer.depth import Passing
 from moesaic.layer.dispatch import LOCAL, Dispatch
 from moesaic.layer.experts import ActivationName, Experts
@@ -124,9 +124,7 @@ class MoEBlock(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         passing = self._passing(x_TD, context)
         inside = context if passing is None else passing.inside(context)
-        routing = self.gate(x_TD, inside)
-        if self.capacity is not None:
-            routing = limit_capacity(routing, self.capacity, inside, training=self.training, layer=self.layer)
+        routing = self._route(x_TD, inside)
         if passing is not None:
             routing = passing.record(routing, context)
         if context is not None:
@@ -135,7 +133,8 @@ class MoEBlock(nn.Module):
             shared_TD = self._shared(x_TD, passing)
             y_TD = routing.assignment.run(self._run_experts, x_TD)
         else:
-            travel = self.dispatch.send(x_TD, routing.index_TK, routing.weight_TK, slots=self._slots(routing, inside))
+            picks = self._servable(routing, context)
+            travel = self.dispatch.send(x_TD, *picks, slots=self._slots(routing, inside))
             shared_TD = self._shared(x_TD, passing)
             y_TD = travel.combine(self.experts(*travel.arrive()))
         if routing.identity_weight_T is not None:
@@ -160,6 +159,29 @@ class MoEBlock(nn.Module):
         assert self.shared_norm is not None
         y = self.shared_experts(self.shared_norm(hidden))
         return hidden + (y if self.dropout is None else self.dropout(y))
+
+    def _route(self, x_TD: Tensor, context: RoutingContext | None) -> Routing:
+        """What the router decides, what an override makes of it, and what a capacity leaves of that."""
+        routing = self.gate(x_TD, context)
+        if context is not None and context.override is not None:
+            routing = context.override(self.layer, self.gate, routing, context)
+            if routing.dropped_TK is not None:
+                renormalize = self.capacity is not None and self.capacity.renormalize
+                return drop_picks(routing, routing.dropped_TK, renormalize=renormalize)
+        if self.capacity is not None:
+            routing = limit_capacity(routing, self.capacity, context, training=self.training, layer=self.layer)
+        return routing
+
+    def _servable(self, routing: Routing, context: RoutingContext | None) -> tuple[Tensor, Tensor]:
+        """Picks and weights as the experts can take them.
+
+        An override may make picks of no expert where the router never does, and then kernels were chosen that can't skip
+        them. These compute some expert instead, with weight 0.
+        """
+        if context is None or context.override is None or getattr(self.experts, "may_skip", False):
+            return routing.index_TK, routing.weight_TK
+        none_TK = routing.index_TK >= routing.num_experts
+        return routing.index_TK.masked_fill(none_TK, 0), routing.weight_TK.masked_fill(none_TK, 0.0)
 
     def _passing(self, x_TD: Tensor, context: RoutingContext | None) -> Passing | None:
         if self.depth is None or self.depth_gate is None:

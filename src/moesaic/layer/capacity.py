@@ -161,9 +161,23 @@ def limit_capacity(
     slots_G = config.slots(tokens_G, routing.num_experts, routing.top_k, training)
     slots_T1 = slots_G.repeat_interleave(real_BL.numel() // groups).unsqueeze(-1)
     dropped_TK = place_TK >= slots_T1
-    nothing_TK = dropped_TK | ~real_BL.reshape(-1, 1)
+    return drop_picks(routing, dropped_TK, unused_TK=~real_BL.reshape(-1, 1), renormalize=config.renormalize)
+
+
+def drop_picks(
+    routing: Routing, dropped_TK: Tensor, *, unused_TK: Tensor | None = None, renormalize: bool = False
+) -> Routing:
+    """The routing in which these picks have become no expert.
+
+    Args:
+        routing: with the picks.
+        dropped_TK: those that find their expert full.
+        unused_TK: those that are no expert either, without being marked as dropped.
+        renormalize: as in `CapacityConfig`.
+    """
+    nothing_TK = dropped_TK if unused_TK is None else dropped_TK | unused_TK
     weight_TK = routing.weight_TK.masked_fill(nothing_TK, 0.0)
-    if config.renormalize:
+    if renormalize:
         weight_TK = _renormalize(routing, weight_TK, dropped_TK)
     return replace(
         routing,

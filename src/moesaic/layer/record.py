@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moesaic.layer.assignment import Assignment
+
+if TYPE_CHECKING:
+    from moesaic.layer.override import RoutingOverride
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Routing:
         assignment: how experts get their input when it is not a token for each pick: slots, or merged experts.
         load_TN: differentiable probability of each column to be selected, where the router has one (noisy top-k); the
             load loss balances its sum over tokens.
+        basis_TN: what the weights of picks are taken from, attached to the graph, where that is neither the logits nor the
+            scores: logits with noise, for one.
         auxiliary: losses that belong to the router's mechanism, by name, a value for each token (T,).
         statistics: what the router's `post_step` reads besides counts, by name: sums over the pass, without gradient,
             which are added over passes and ranks. A router gives the same names in every pass of a training.
@@ -55,6 +60,7 @@ class Routing:
     ragged: bool = False
     assignment: Assignment | None = None
     load_TN: Tensor | None = None
+    basis_TN: Tensor | None = None
     auxiliary: dict[str, Tensor] = field(default_factory=dict)
     statistics: dict[str, Tensor] = field(default_factory=dict)
 
@@ -115,6 +121,7 @@ class RoutingContext:
             those of this process alone. All of the group must then run the same layers and losses.
         seed: int64 scalar from which routers that draw random numbers derive them; None for a fixed one. It makes them
             pure functions: layers that are recomputed draw the same numbers.
+        override: what changes the routing of layers in this pass; None to leave it to their routers.
         records: routing by layer index, in the order in which layers ran.
         ran_without_graph: layers that first ran without recording a graph, as reentrant checkpointing has them.
         objective: set when layers must add their balance gradient while they are recomputed.
@@ -129,6 +136,7 @@ class RoutingContext:
     task_B: Tensor | None = None
     group: dist.ProcessGroup | None = None
     seed: Tensor | None = None
+    override: RoutingOverride | None = None
     records: dict[int, Routing] = field(default_factory=dict)
     ran_without_graph: set[int] = field(default_factory=set)
     objective: Recomputed | None = None

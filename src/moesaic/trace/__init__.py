@@ -26,6 +26,7 @@ from moesaic.trace.metrics import (
 )
 from moesaic.trace.positions import PositionCounts
 from moesaic.trace.record import LayerTrace, RoutingTrace, record
+from moesaic.trace.replay import replay
 from moesaic.trace.report import Report, make_report, write_report
 from moesaic.trace.router_statistics import (
     RouterStatistics,
@@ -92,6 +93,7 @@ __all__ = [
     "outer_balance",
     "record",
     "relative_load",
+    "replay",
     "router_statistics",
     "tokenizer_fingerprint",
     "top_tokens",

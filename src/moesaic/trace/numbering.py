@@ -41,13 +41,15 @@ class DocumentNumbering:
         """The real tokens of a forward pass.
 
         Args:
-            context: of the forward pass, whose layers have run.
+            context: of the forward pass.
             domain: number of their domain.
             turn_T: turn of every token, padding included, if known.
-            num_tokens: tokens of the forward pass, padding included; None to take it from the records.
+            num_tokens: tokens of the pass, padding included; None to read it from the layers, which have run then.
         """
         batch = context.batch_size
-        length = (num_tokens or next(iter(context.records.values())).index_TK.shape[0]) // batch
+        if num_tokens is None:
+            num_tokens = next(iter(context.records.values())).index_TK.shape[0]
+        length = num_tokens // batch
         real_BL = _grid(context.mask_T, batch, length, torch.bool, default=True)
         place_BL = real_BL.cumsum(-1) - 1
         if context.position_T is not None:

@@ -66,7 +66,8 @@ class FastLayer(Fast):
             return None
         sum_B1D, y_B1D = held.first(x_B1D, step.address)
         step.done()
-        if held.second is not None and held.second.takes(y_B1D):
+        overridden = context is not None and context.override is not None
+        if held.second is not None and not overridden and held.second.takes(y_B1D):
             return held.second(y_B1D, sum_B1D, context)
         if held.ours is not None:
             held.ours.context = context

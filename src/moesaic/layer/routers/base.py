@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.configuration import Config
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, UnsupportedOverride
 from moesaic.layer.load import LayerLoad
 from moesaic.layer.record import Routing, RoutingContext
 
@@ -85,6 +85,11 @@ class BaseRouterConfig(Config, ABC):
             return "the number of picks depends on the data, so that a capacity factor has nothing to multiply"
         return None
 
+    @property
+    def takes_picks(self) -> bool:
+        """Whether an override can give tokens other experts: each token has picks of its own."""
+        return True
+
     @abstractmethod
     def check(self, num_experts: int) -> None:
         """Check against the number of experts.
@@ -147,6 +152,41 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
             x_TD: hidden states of all sequences, flattened.
             context: tokens and lower layers' records of this forward pass; None when the layer is used on its own.
         """
+
+    def weights_at(self, routing: Routing, choice_TK: Tensor) -> Tensor:
+        """Weights that the router's own rule gives to selections, whoever made them.
+
+        Differentiable in the router's parameters, as the weights of `forward` are, which they equal at its selections.
+
+        Args:
+            routing: what `forward` returned for these tokens.
+            choice_TK: selections in [0, M], int64; M for nothing. K may differ from that of the record.
+
+        Returns:
+            (T, K) in the router's precision, 0 for nothing. Null experts have the weight with which they pass a token on.
+
+        Raises:
+            UnsupportedOverride: if the rule needs more than scores and selections.
+        """
+        if not self.says_weights:
+            raise UnsupportedOverride(
+                f"router {getattr(self.config, 'type', type(self).__name__)} can't say the weights of given picks; give the weights too "
+                '(of a trace: weights="trace")'
+            )
+        kept_TK = choice_TK < routing.num_columns
+        # Where a token has nothing, anything stands for a pick: sums of weights are not 0, and no gradient is NaN.
+        some_TK = kept_TK | ~kept_TK.any(-1, keepdim=True)
+        weight_TK = self._weigh(routing, choice_TK.masked_fill(~kept_TK, 0), some_TK)
+        return weight_TK.masked_fill(~kept_TK, 0.0)
+
+    @property
+    def says_weights(self) -> bool:
+        """Whether `weights_at` works."""
+        return type(self)._weigh is not Router._weigh
+
+    def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        """Weights of columns in [0, M) where `kept_TK`, at least one for each token; 0 elsewhere."""
+        raise NotImplementedError
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Initialise own parameters and buffers: biases zero, the rest normal with the given standard deviation.

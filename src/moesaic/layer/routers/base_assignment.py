@@ -12,7 +12,7 @@ from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router
 from moesaic.layer.routers.parts.balanced_assignment import balanced_assignment
 from moesaic.layer.routers.parts.inputs import linear
 from moesaic.layer.routers.parts.sequences import Scope, real_tokens
-from moesaic.layer.routers.scores import top_k
+from moesaic.layer.routers.scores import at, top_k
 
 
 class BaseAssignmentConfig(BaseRouterConfig):
@@ -72,6 +72,9 @@ class BaseAssignmentRouter(Router[BaseAssignmentConfig]):
             scores_TN=scores_TN,
             selection_TN=selection_TN,
         )
+
+    def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        return at(routing.scores_TN, index_TK, kept_TK)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, scope={self.config.scope}"

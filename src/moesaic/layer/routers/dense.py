@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Router, check_top_k
 from moesaic.layer.routers.parts.inputs import linear
-from moesaic.layer.routers.scores import ScoreFunction, keep_best, score
+from moesaic.layer.routers.scores import ScoreFunction, at, keep_best, score
 
 
 class DenseConfig(BaseRouterConfig):
@@ -78,6 +78,9 @@ class DenseRouter(Router[DenseConfig]):
             scores_TN=scores_TN,
             selection_TN=scores_TN.detach(),
         )
+
+    def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        return at(routing.scores_TN, index_TK, kept_TK)
 
     @property
     def picks(self) -> float:

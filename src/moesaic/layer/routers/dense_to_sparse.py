@@ -14,6 +14,7 @@ from moesaic.layer.noise import gumbel
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router, fill_buffer
 from moesaic.layer.routers.parts.inputs import linear
+from moesaic.layer.routers.scores import at
 from moesaic.layer.schedule import NonNegativeSchedule, Schedule, Scheduled, value_at
 
 
@@ -103,7 +104,12 @@ class DenseToSparseRouter(Router[DenseToSparseConfig]):
             logits_TN=logits_TN,
             scores_TN=scores_TN,
             selection_TN=weight_TN.detach(),
+            basis_TN=None if weight_TN is scores_TN else weight_TN,
         )
+
+    def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        weights_TN = routing.scores_TN if routing.basis_TN is None else routing.basis_TN
+        return at(weights_TN, index_TK, kept_TK)
 
     @torch.no_grad()
     def post_step(self, load: LayerLoad, progress: float) -> None:

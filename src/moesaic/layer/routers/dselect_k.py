@@ -13,6 +13,7 @@ from moesaic.errors import ConfigError
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Router, check_top_k
 from moesaic.layer.routers.parts.inputs import linear
+from moesaic.layer.routers.scores import at
 
 # Mass on experts that exist, below which the reachability loss stops growing (and has no gradient anyway).
 _LEAST_MASS = 1e-6
@@ -119,6 +120,9 @@ class DSelectKRouter(Router[DSelectKConfig]):
             ragged=True,
             auxiliary={"selector_entropy": _entropy(r_TSN).sum(-1), "unreachable": (1 / reached_TS - 1).sum(-1)},
         )
+
+    def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        return at(routing.scores_TN, index_TK, kept_TK)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_selectors={self.config.num_selectors}"

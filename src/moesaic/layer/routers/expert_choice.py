@@ -16,7 +16,7 @@ from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router, fil
 from moesaic.layer.routers.parts.inputs import linear
 from moesaic.layer.routers.parts.plans import capped_plan
 from moesaic.layer.routers.parts.sequences import Scope, best_first, real_tokens, take
-from moesaic.layer.routers.scores import ScoreFunction, score
+from moesaic.layer.routers.scores import ScoreFunction, at, score
 
 
 class ExpertChoiceConfig(BaseRouterConfig):
@@ -187,6 +187,9 @@ class ExpertChoiceRouter(Router[ExpertChoiceConfig]):
             ragged=True,
             statistics=statistics,
         )
+
+    def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        return at(routing.scores_TN, index_TK, kept_TK)
 
     def _above_threshold(self, scores_TN: Tensor, threshold_N: Tensor) -> Tensor:
         picked_TN = scores_TN > threshold_N

@@ -18,7 +18,7 @@ from moesaic.layer.noise import hash_of
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Need, Router, check_top_k, fill_buffer
 from moesaic.layer.routers.parts.inputs import ids_of, linear
-from moesaic.layer.routers.scores import ScoreFunction, normalize, score, top_k
+from moesaic.layer.routers.scores import ScoreFunction, at, normalize, score, top_k
 
 Table = Literal["random", "balanced", "ngram", "stored"]
 
@@ -181,6 +181,15 @@ class HashRouter(Router[HashConfig]):
             scores_TN=scores_TN,
             selection_TN=picked_TN,
         )
+
+    def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        config = self.config
+        if self.weight is None:
+            return kept_TK.to(routing.scores_TN.dtype) * (1 / config.top_k) * config.scaling_factor
+        weight_TK = at(routing.scores_TN, index_TK, kept_TK)
+        if config.normalize_top_k:
+            weight_TK = normalize(weight_TK, epsilon=config.normalization_epsilon)
+        return weight_TK * config.scaling_factor
 
     def _experts(self, context: RoutingContext | None) -> Tensor:
         """K experts of each token, in its group if there are groups."""

@@ -35,6 +35,10 @@ class MixtureOfTokensConfig(BaseRouterConfig):
     def runs_all_experts(self) -> bool:
         return True
 
+    @property
+    def takes_picks(self) -> bool:
+        return False
+
     def check(self, num_experts: int) -> None:
         """Any number of experts will do."""
 

@@ -13,7 +13,7 @@ from moesaic.errors import ConfigError
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Need, Router, check_top_k
 from moesaic.layer.routers.parts.inputs import ids_of, linear
-from moesaic.layer.routers.scores import ScoreFunction, normalize, score, top_k
+from moesaic.layer.routers.scores import ScoreFunction, at, normalize, score, top_k
 
 # Logit of experts outside a token's bank. The exponential of it is 0 in float64 also, and half precision can hold it.
 OUTSIDE = -1e4
@@ -97,16 +97,22 @@ class ModalityRouter(Router[ModalityConfig]):
             selection_TN = selection_TN + self.e_score_correction_bias
         selection_TN = selection_TN.masked_fill(outside_TN, float("-inf"))
         index_TK = top_k(selection_TN, config.top_k, stable=True)
-        weight_TK = scores_TN.gather(-1, index_TK)
-        if config.normalize_top_k:
-            weight_TK = normalize(weight_TK, floor=config.normalization_floor, epsilon=config.normalization_epsilon)
         return Routing(
             index_TK=index_TK,
-            weight_TK=weight_TK * config.scaling_factor,
+            weight_TK=self._weights(scores_TN, index_TK),
             logits_TN=logits_TN,
             scores_TN=scores_TN,
             selection_TN=selection_TN,
         )
+
+    def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        return self._weights(routing.scores_TN, index_TK, kept_TK)
+
+    def _weights(self, scores_TN: Tensor, index_TK: Tensor, kept_TK: Tensor | None = None) -> Tensor:
+        config, weight_TK = self.config, at(scores_TN, index_TK, kept_TK)
+        if config.normalize_top_k:
+            weight_TK = normalize(weight_TK, floor=config.normalization_floor, epsilon=config.normalization_epsilon)
+        return weight_TK * config.scaling_factor
 
     def _allowed(self, modality_T: Tensor) -> Tensor:
         """Which experts each token may pick, (T, N)."""

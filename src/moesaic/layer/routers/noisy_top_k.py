@@ -14,7 +14,7 @@ from moesaic.layer.noise import normal
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router, check_top_k
 from moesaic.layer.routers.parts.inputs import linear
-from moesaic.layer.routers.scores import top_k
+from moesaic.layer.routers.scores import at, softmax_over, top_k
 
 
 class NoisyTopKConfig(BaseRouterConfig):
@@ -106,22 +106,28 @@ class NoisyTopKRouter(Router[NoisyTopKConfig]):
         if self.training:
             noisy_TN = clean_TN + std_TN * normal(context, self.layer, clean_TN.shape, stream=0, like=clean_TN)
         index_TK = top_k(noisy_TN.detach(), config.top_k, stable=config.stable_ties)
-        if config.softmax_over == "selected":
-            weight_TK = noisy_TN.gather(-1, index_TK).softmax(-1)
-        else:
-            weight_TK = noisy_TN.softmax(-1).gather(-1, index_TK)
         if self.training:
             load_TN = smooth_load(clean_TN, noisy_TN, std_TN, config.top_k)
         else:
             load_TN = torch.zeros_like(clean_TN).scatter(-1, index_TK, 1.0)
         return Routing(
             index_TK=index_TK,
-            weight_TK=weight_TK,
+            weight_TK=self._weights(noisy_TN, index_TK),
             logits_TN=clean_TN,
             scores_TN=clean_TN.softmax(-1),
             selection_TN=noisy_TN.detach(),
             load_TN=load_TN,
+            basis_TN=noisy_TN if self.training else None,
         )
+
+    def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        noisy_TN = routing.logits_TN if routing.basis_TN is None else routing.basis_TN
+        return self._weights(noisy_TN, index_TK, kept_TK)
+
+    def _weights(self, noisy_TN: Tensor, index_TK: Tensor, kept_TK: Tensor | None = None) -> Tensor:
+        if self.config.softmax_over == "selected":
+            return softmax_over(noisy_TN.gather(-1, index_TK), kept_TK)
+        return at(noisy_TN.softmax(-1), index_TK, kept_TK)
 
     def _std(self, x_TD: Tensor, clean_TN: Tensor) -> Tensor:
         config = self.config

@@ -12,7 +12,7 @@ from moesaic.errors import ConfigError
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Router, check_top_k
 from moesaic.layer.routers.parts.inputs import linear
-from moesaic.layer.routers.scores import top_k
+from moesaic.layer.routers.scores import at, softmax_over, top_k
 
 
 class NullExpertsConfig(BaseRouterConfig):
@@ -105,15 +105,7 @@ class NullExpertsRouter(Router[NullExpertsConfig]):
             selection_TM = selection_TM + self.e_score_correction_bias
         chosen_TK = top_k(selection_TM, config.top_k, stable=True)
         null_TK = chosen_TK >= self.num_experts
-        match config.normalize_over:
-            case "experts":
-                weight_TK = _softmax_over(logits_TM.gather(-1, chosen_TK), ~null_TK)
-            case "selected":
-                weight_TK = logits_TM.gather(-1, chosen_TK).softmax(-1)
-            case "none":
-                weight_TK = scores_TM.gather(-1, chosen_TK)
-        if config.scaling_factor != 1.0:
-            weight_TK = weight_TK * config.scaling_factor
+        weight_TK = self._weights(logits_TM, scores_TM, chosen_TK)
         identity_T = None
         if config.null_output == "identity":
             identity_T = weight_TK.masked_fill(~null_TK, 0.0).sum(-1)
@@ -128,15 +120,25 @@ class NullExpertsRouter(Router[NullExpertsConfig]):
             identity_weight_T=identity_T,
         )
 
+    def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        return self._weights(routing.logits_TN, routing.scores_TN, index_TK, kept_TK)
+
+    def _weights(
+        self, logits_TM: Tensor, scores_TM: Tensor, chosen_TK: Tensor, kept_TK: Tensor | None = None
+    ) -> Tensor:
+        match self.config.normalize_over:
+            case "experts":
+                expert_TK = chosen_TK < self.num_experts
+                if kept_TK is not None:
+                    expert_TK = expert_TK & kept_TK
+                weight_TK = softmax_over(logits_TM.gather(-1, chosen_TK), expert_TK)
+            case "selected":
+                weight_TK = softmax_over(logits_TM.gather(-1, chosen_TK), kept_TK)
+            case "none":
+                weight_TK = at(scores_TM, chosen_TK, kept_TK)
+        if self.config.scaling_factor != 1.0:
+            weight_TK = weight_TK * self.config.scaling_factor
+        return weight_TK
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_null={self.config.num_null}"
-
-
-def _softmax_over(logits_TK: Tensor, keep_TK: Tensor) -> Tensor:
-    """Softmax over the kept columns of each row: their scores over their sum. 0 elsewhere, and in rows without any.
-
-    From logits rather than scores, so that experts whose scores underflow beside a null's still share their weight.
-    """
-    # A row of -inf only would be NaN, and so would its gradient.
-    masked_TK = logits_TK.masked_fill(~keep_TK & keep_TK.any(-1, keepdim=True), float("-inf"))
-    return masked_TK.softmax(-1) * keep_TK

@@ -12,7 +12,7 @@ from moesaic.errors import ConfigError
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Router
 from moesaic.layer.routers.parts.inputs import linear
-from moesaic.layer.routers.scores import top_k
+from moesaic.layer.routers.scores import at, top_k
 
 
 class PrototypedConfig(BaseRouterConfig):
@@ -76,3 +76,6 @@ class PrototypedRouter(Router[PrototypedConfig]):
             scores_TN=scores_TN,
             selection_TN=scores_TN.detach(),
         )
+
+    def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        return at(routing.scores_TN, index_TK, kept_TK)

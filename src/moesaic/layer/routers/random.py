@@ -72,6 +72,9 @@ class RandomRouter(Router[RandomConfig]):
             selection_TN=drawn_TN,
         )
 
+    def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        return kept_TK.to(routing.scores_TN.dtype) / kept_TK.sum(-1, keepdim=True)
+
     def _drawn(self, x_TD: Tensor, context: RoutingContext | None) -> Tensor:
         """What the selection compares, (T, N); equal for all experts where nothing is drawn."""
         like, tokens = x_TD.new_empty(0, dtype=self.precision(x_TD)), len(x_TD)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
@@ -12,7 +13,7 @@ from moesaic.layer.noise import gumbel, uniform
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router
 from moesaic.layer.routers.parts.inputs import linear
-from moesaic.layer.routers.scores import normalize, top_k
+from moesaic.layer.routers.scores import at, normalize, top_k
 
 
 class SampledSecondConfig(BaseRouterConfig):
@@ -76,6 +77,16 @@ class SampledSecondRouter(Router[SampledSecondConfig]):
             scores_TN=scores_TN,
             selection_TN=selection_TN,
         )
+
+    def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        # A token whose second expert did not run keeps the weight that its first has beside the best of the others.
+        scores_TN, weight_TK = routing.scores_TN, at(routing.scores_TN, index_TK, kept_TK)
+        first_TK = index_TK.masked_fill(~kept_TK, self.num_experts)
+        others_TN = F.pad(scores_TN, (0, 1)).scatter(-1, first_TK, 0.0)
+        second_T1 = others_TN.amax(-1, keepdim=True)
+        alone_T1 = kept_TK.sum(-1, keepdim=True) == 1
+        total_T1 = weight_TK.sum(-1, keepdim=True)
+        return weight_TK / torch.where(alone_T1, total_T1 + second_T1, total_T1)
 
     def _draw(self, logits_TN: Tensor, context: RoutingContext | None) -> Tensor:
         """Logits with Gumbel noise on all but the best, whose value stays above every other."""

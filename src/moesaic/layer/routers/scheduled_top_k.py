@@ -13,7 +13,7 @@ from moesaic.layer.load import LayerLoad
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Router, check_top_k, fill_buffer
 from moesaic.layer.routers.parts.inputs import linear
-from moesaic.layer.routers.scores import ScoreFunction, keep_best, normalize, score
+from moesaic.layer.routers.scores import ScoreFunction, at, keep_best, normalize, score
 from moesaic.layer.schedule import Schedule, Scheduled, value_at
 
 
@@ -117,6 +117,10 @@ class ScheduledTopKRouter(Router[ScheduledTopKConfig]):
             selection_TN=scores_TN.detach(),
             ragged=config.may_skip,
         )
+
+    def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        weight_TK = at(routing.scores_TN, index_TK, kept_TK)
+        return normalize(weight_TK) if self.config.normalize_top_k else weight_TK
 
     @torch.no_grad()
     def post_step(self, load: LayerLoad, progress: float) -> None:

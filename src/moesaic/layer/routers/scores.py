@@ -73,6 +73,24 @@ def normalize(weight_TK: Tensor, *, order: float = 1.0, floor: float = 0.0, epsi
     return weight_TK / (total_T1 + epsilon)
 
 
+def at(values_TN: Tensor, index_TK: Tensor, kept_TK: Tensor | None = None) -> Tensor:
+    """Values at picks, 0 for those that are not kept."""
+    value_TK = values_TN.gather(-1, index_TK)
+    return value_TK if kept_TK is None else value_TK.masked_fill(~kept_TK, 0.0)
+
+
+def softmax_over(logits_TK: Tensor, kept_TK: Tensor | None = None) -> Tensor:
+    """Softmax over the kept columns of each row: their scores over their sum. 0 elsewhere, and in rows without any.
+
+    From logits rather than scores, so that experts whose scores underflow beside others' still share their weight.
+    """
+    if kept_TK is None:
+        return logits_TK.softmax(-1)
+    # A row of -inf only would be NaN, and so would its gradient.
+    masked_TK = logits_TK.masked_fill(~kept_TK & kept_TK.any(-1, keepdim=True), float("-inf"))
+    return masked_TK.softmax(-1) * kept_TK
+
+
 def keep_best(scores_TN: Tensor, k: int | Tensor, *, width: int) -> tuple[Tensor, Tensor]:
     """The k best experts of each token in a record of a given width: index and score, N and 0 beyond k.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router, check_top_k
 from moesaic.layer.routers.parts.inputs import linear
-from moesaic.layer.routers.scores import ScoreFunction, normalize, score, top_k
+from moesaic.layer.routers.scores import ScoreFunction, at, normalize, score, top_k
 
 
 class SentenceConfig(BaseRouterConfig):
@@ -75,6 +75,10 @@ class SentenceRouter(Router[SentenceConfig]):
             scores_TN=scores_TN,
             selection_TN=scores_TN.detach(),
         )
+
+    def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        weight_TK = at(routing.scores_TN, index_TK, kept_TK)
+        return normalize(weight_TK) if self.config.normalize_top_k else weight_TK
 
     def _pooled(self, x_TD: Tensor, context: RoutingContext | None) -> Tensor:
         """What the gate reads for each token, (T, D); 0 where no real token has come yet."""

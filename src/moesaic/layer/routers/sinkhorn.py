@@ -13,7 +13,7 @@ from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router, che
 from moesaic.layer.routers.parts.inputs import linear
 from moesaic.layer.routers.parts.plans import balanced_plan
 from moesaic.layer.routers.parts.sequences import Scope, real_tokens
-from moesaic.layer.routers.scores import ScoreFunction, score, top_k
+from moesaic.layer.routers.scores import ScoreFunction, at, score, top_k
 
 
 class SinkhornConfig(BaseRouterConfig):
@@ -83,6 +83,9 @@ class SinkhornRouter(Router[SinkhornConfig]):
             scores_TN=scores_TN,
             selection_TN=selection_TN,
         )
+
+    def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        return at(routing.scores_TN, index_TK, kept_TK)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scope={self.config.scope}"

@@ -13,7 +13,7 @@ from moesaic.layer.load import LayerLoad
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Need, Router, fill_buffer
 from moesaic.layer.routers.parts.inputs import ids_of, linear
-from moesaic.layer.routers.scores import top_k
+from moesaic.layer.routers.scores import at, top_k
 
 
 class StableConfig(BaseRouterConfig):
@@ -92,8 +92,13 @@ class StableRouter(Router[StableConfig]):
             logits_TN=torch.where(frozen_T1, logits_TN.detach(), logits_TN),
             scores_TN=torch.where(frozen_T1, scores_TN.detach(), scores_TN),
             selection_TN=torch.where(frozen_T1, picked_TN, logits_TN.detach()),
+            basis_TN=scores_TN,
             auxiliary={"distillation": loss_T.masked_fill(frozen_T1.squeeze(-1), 0.0)},
         )
+
+    def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        assert routing.basis_TN is not None
+        return at(routing.basis_TN, index_TK, kept_TK)
 
     @torch.no_grad()
     def post_step(self, load: LayerLoad, progress: float) -> None:

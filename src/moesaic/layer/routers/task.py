@@ -12,7 +12,7 @@ from moesaic.errors import ConfigError
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Need, Router, check_top_k, fill_buffer
 from moesaic.layer.routers.parts.inputs import ids_of, linear
-from moesaic.layer.routers.scores import ScoreFunction, normalize, score, top_k
+from moesaic.layer.routers.scores import ScoreFunction, at, normalize, score, top_k
 
 
 class TaskConfig(BaseRouterConfig):
@@ -145,6 +145,12 @@ class TaskRouter(Router[TaskConfig]):
             scores_TN=scores_TN,
             selection_TN=scores_TN.detach(),
         )
+
+    def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        if self.task_experts is not None:
+            return kept_TK.to(routing.scores_TN.dtype) / kept_TK.sum(-1, keepdim=True)
+        weight_TK = at(routing.scores_TN, index_TK, kept_TK)
+        return normalize(weight_TK) if self.config.normalize_top_k else weight_TK
 
     def _logits(self, x_TD: Tensor, weight: Tensor, task_B: Tensor, task_T: Tensor) -> Tensor:
         precision = self.precision(x_TD)

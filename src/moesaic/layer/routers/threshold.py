@@ -101,7 +101,6 @@ class ThresholdRouter(Router[ThresholdConfig]):
         scale_1 = sharpness(self.log_scale.to(precision), self.config.max_scale)
         logits_TN = cosine_TN * scale_1
         scores_TN = logits_TN.sigmoid()
-        margin_TN = scores_TN - (threshold_N * scale_1).sigmoid()
         # s_i > t_i, compared where the sigmoids have not saturated.
         selection_TN = (cosine_TN - threshold_N).detach()
         index_TK = top_k(selection_TN, self.top_k, stable=True)
@@ -111,18 +110,27 @@ class ThresholdRouter(Router[ThresholdConfig]):
             rescued_TK = first_TK & ~runs_TK[:, :1]
             index_TK = torch.where(rescued_TK, top_k(scores_TN.detach(), 1, stable=True), index_TK)
             runs_TK = runs_TK | rescued_TK
-        margin_TK = margin_TN.gather(-1, index_TK)
-        step_TK = runs_TK + (margin_TK - margin_TK.detach())
-        weight_TK = step_TK / runs_TK.sum(-1, keepdim=True).clamp(min=1)
         return Routing(
             index_TK=index_TK.masked_fill(~runs_TK, self.num_experts),
-            weight_TK=weight_TK.masked_fill(~runs_TK, 0.0),
+            weight_TK=self._weights(scores_TN, threshold_N * scale_1, index_TK, runs_TK),
             logits_TN=logits_TN,
             scores_TN=scores_TN,
             selection_TN=selection_TN,
             ragged=True,
             auxiliary={"diversity": expert_diversity(weight_ND).expand(x_TD.shape[0])},
         )
+
+    def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        precision = routing.scores_TN.dtype
+        scale_1 = sharpness(self.log_scale.to(precision), self.config.max_scale)
+        return self._weights(routing.scores_TN, self.threshold.to(precision) * scale_1, index_TK, kept_TK)
+
+    def _weights(self, scores_TN: Tensor, threshold_N: Tensor, index_TK: Tensor, runs_TK: Tensor) -> Tensor:
+        """The mean of the experts that run, with the gradient of how far each is above its threshold."""
+        margin_TK = (scores_TN - threshold_N.sigmoid()).gather(-1, index_TK)
+        step_TK = runs_TK + (margin_TK - margin_TK.detach())
+        weight_TK = step_TK / runs_TK.sum(-1, keepdim=True).clamp(min=1)
+        return weight_TK.masked_fill(~runs_TK, 0.0)
 
 
 def expert_diversity(weight_ND: Tensor, live_N: Tensor | None = None) -> Tensor:

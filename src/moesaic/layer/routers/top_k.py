@@ -15,7 +15,16 @@ from moesaic.layer.noise import uniform
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import BaseRouterConfig, Dependence, Router, check_top_k
 from moesaic.layer.routers.parts.inputs import linear
-from moesaic.layer.routers.scores import GroupScore, ScoreFunction, limit_to_groups, normalize, score, top_k
+from moesaic.layer.routers.scores import (
+    GroupScore,
+    ScoreFunction,
+    at,
+    limit_to_groups,
+    normalize,
+    score,
+    softmax_over,
+    top_k,
+)
 
 
 class TopKConfig(BaseRouterConfig):
@@ -164,10 +173,23 @@ class TopKRouter(Router[TopKConfig]):
         logits_TN = self._logits(x_TD, context)
         scores_TN = score(logits_TN, config.score_function)
         index_TK, selection_TN = self._select(logits_TN if config.select_by == "logits" else scores_TN)
+        return Routing(
+            index_TK=index_TK,
+            weight_TK=self._weights(logits_TN, scores_TN, index_TK),
+            logits_TN=logits_TN,
+            scores_TN=scores_TN,
+            selection_TN=selection_TN,
+        )
+
+    def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        return self._weights(routing.logits_TN, routing.scores_TN, index_TK, kept_TK)
+
+    def _weights(self, logits_TN: Tensor, scores_TN: Tensor, index_TK: Tensor, kept_TK: Tensor | None = None) -> Tensor:
+        config = self.config
         if config.softmax_over == "selected":
-            weight_TK = logits_TN.gather(-1, index_TK).softmax(-1)
+            weight_TK = softmax_over(logits_TN.gather(-1, index_TK), kept_TK)
         else:
-            weight_TK = scores_TN.gather(-1, index_TK)
+            weight_TK = at(scores_TN, index_TK, kept_TK)
         if config.normalize_top_k:
             weight_TK = normalize(
                 weight_TK,
@@ -179,13 +201,7 @@ class TopKRouter(Router[TopKConfig]):
             weight_TK = weight_TK * config.scaling_factor
         if self.per_expert_scale is not None:
             weight_TK = weight_TK * self.per_expert_scale.to(weight_TK.dtype)[index_TK]
-        return Routing(
-            index_TK=index_TK,
-            weight_TK=weight_TK,
-            logits_TN=logits_TN,
-            scores_TN=scores_TN,
-            selection_TN=selection_TN,
-        )
+        return weight_TK
 
     def _select(self, compared_TN: Tensor) -> tuple[Tensor, Tensor]:
         """The picks, and what was compared to find them: biased, and masked outside the token's groups."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from moesaic.errors import ConfigError
 from moesaic.layer.record import Routing
 from moesaic.layer.routers.base import BaseRouterConfig, Router, check_top_k
-from moesaic.layer.routers.scores import normalize, score, top_k
+from moesaic.layer.routers.scores import at, normalize, score, softmax_over, top_k
 
 
 class BestKConfig(BaseRouterConfig):
@@ -74,19 +74,28 @@ class BestKRouter(Router[BestKConfigT]):
         scores_TN = score(logits_TN, config.score_function)
         selection_TN = (scores_TN if compared_TN is None else compared_TN).detach()
         index_TK = top_k(selection_TN, config.top_k, stable=config.stable_ties)
-        if config.softmax_over == "selected":
-            weight_TK = logits_TN.gather(-1, index_TK).softmax(-1)
-        else:
-            weight_TK = scores_TN.gather(-1, index_TK)
-        if config.normalize_top_k:
-            weight_TK = normalize(weight_TK)
-        if config.scaling_factor != 1.0:
-            weight_TK = weight_TK * config.scaling_factor
         return Routing(
             index_TK=index_TK,
-            weight_TK=weight_TK,
+            weight_TK=self._weights(logits_TN, scores_TN, index_TK),
             logits_TN=logits_TN,
             scores_TN=scores_TN,
             selection_TN=selection_TN,
             state=state,
         )
+
+    def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        # The scores of the record may be others, which balance losses are to see.
+        scores_TN = score(routing.logits_TN, self.config.score_function)
+        return self._weights(routing.logits_TN, scores_TN, index_TK, kept_TK)
+
+    def _weights(self, logits_TN: Tensor, scores_TN: Tensor, index_TK: Tensor, kept_TK: Tensor | None = None) -> Tensor:
+        config = self.config
+        if config.softmax_over == "selected":
+            weight_TK = softmax_over(logits_TN.gather(-1, index_TK), kept_TK)
+        else:
+            weight_TK = at(scores_TN, index_TK, kept_TK)
+        if config.normalize_top_k:
+            weight_TK = normalize(weight_TK)
+        if config.scaling_factor != 1.0:
+            weight_TK = weight_TK * config.scaling_factor
+        return weight_TK

@@ -14,6 +14,10 @@ class MergingConfig(BaseRouterConfig):
     """Facts that hold whenever experts are merged: a token runs one network, and no expert can be full."""
 
     @property
+    def takes_picks(self) -> bool:
+        return False
+
+    @property
     def refuses_capacity(self) -> str | None:
         return "experts are merged, so that none can be full"
 
