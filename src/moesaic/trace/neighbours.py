@@ -92,6 +92,7 @@ class Aligned:
 
     def __init__(self) -> None:
         self._waiting: list[tuple[np.ndarray, ...] | None] = [None, None]
+        self._skipped = [0, 0]
 
     def add(self, stream: int, *columns: np.ndarray) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]] | None:
         """Add rows to stream 0 or 1; returns what both streams now have of the same tokens, in one order.
@@ -117,6 +118,8 @@ class Aligned:
             return None
         result = tuple(column[found] for column in first), tuple(column[other_found] for column in second)
         after, other_after = int(found.max()) + 1, int(other_found.max()) + 1
+        self._skipped[0] += after - len(found)
+        self._skipped[1] += other_after - len(found)
         self._waiting = [
             tuple(column[after:] for column in first),
             tuple(column[other_after:] for column in second),
@@ -125,6 +128,6 @@ class Aligned:
 
     @property
     def left(self) -> tuple[int, int]:
-        """Rows of each stream that found no partner yet."""
+        """Rows of each stream that found no partner."""
         first, second = (0 if side is None else len(side[0]) for side in self._waiting)
-        return first, second
+        return first + self._skipped[0], second + self._skipped[1]
