@@ -91,6 +91,13 @@ def test_a_pyramid_stays_one() -> None:
     assert small.backbone["num_hidden_layers"] == 4
 
 
+def test_scales_of_attention_follow_the_width_of_a_head() -> None:
+    granite, grok = preset("granite-3.0-1b-a400m").shrink(), preset("grok-1").shrink()
+    assert granite.backbone["attention_multiplier"] == 1 / 16
+    assert grok.backbone["query_pre_attn_scalar"] == grok.backbone["head_dim"] == 8
+    assert preset("openmoe-8b").shrink().backbone["attention_multiplier"] == 1.0
+
+
 def test_few_experts_are_left_as_they_are() -> None:
     small = preset("flexolmo-7x7b").shrink()
     assert (small.moe.experts.num_experts, small.moe.router.to_dict()["top_k"]) == (7, 5)

@@ -38,6 +38,10 @@ def test_every_command_of_the_design_is_there() -> None:
     ]
 
 
+def test_commands_of_the_catalogue_are_a_group() -> None:
+    assert [group.name for group in app.registered_groups] == ["catalog"]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches(cli: Cli, command: str) -> None:
     ended = cli(command, "--help")

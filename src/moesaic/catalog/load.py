@@ -94,5 +94,5 @@ def _record(name: str, values: dict[str, Any]) -> ModelRecord:
     if name in presets():
         built = preset(name)
         derived = {field: getattr(built, field) for field in ("title", "source", "published", "notes", "deviations")}
-        derived |= {"shape": Shape.of(built), "unbuildable": None}
+        derived["shape"] = Shape.of(built)
     return ModelRecord.from_dict({"name": name, "buildable": bool(derived), **values, **derived}, where=name)

@@ -182,8 +182,8 @@ def _attention(backbone: dict[str, Any], widths: _Widths) -> dict[str, Any]:
     head_dim = backbone.get("head_dim") or backbone["hidden_size"] // backbone["num_attention_heads"]
     if "query_pre_attn_scalar" in backbone:
         found["query_pre_attn_scalar"] = max(1, round(backbone["query_pre_attn_scalar"] * widths.head_dim / head_dim))
-    if "attention_multiplier" in backbone:
-        found["attention_multiplier"] = backbone["attention_multiplier"] * head_dim / widths.head_dim
+    if backbone.get("attention_multiplier") == 1 / head_dim:
+        found["attention_multiplier"] = 1 / widths.head_dim
     if "kv_lora_rank" in backbone:
         found |= {
             key: None if backbone[key] is None else widths.scale(backbone[key])

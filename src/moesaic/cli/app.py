@@ -17,7 +17,20 @@ from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 
 import moesaic
-from moesaic.cli import bench, convert, demo, evaluate, export, generate, inspect, plan, reproduce, train, upcycle
+from moesaic.cli import (
+    bench,
+    catalog,
+    convert,
+    demo,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    plan,
+    reproduce,
+    train,
+    upcycle,
+)
 from moesaic.cli.console import errors, stdout_for_json
 from moesaic.dist.launch import WorkerFailed, record_failure, seconds_to_wait
 from moesaic.dist.process import LostPeer, Process
@@ -51,6 +64,7 @@ app.command("inspect")(inspect.command)
 app.command("plan")(plan.command)
 app.command("reproduce")(reproduce.command)
 app.command("bench")(bench.command)
+app.add_typer(catalog.app, name="catalog")
 
 
 def _version(wanted: bool) -> None:
