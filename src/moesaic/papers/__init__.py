@@ -7,7 +7,7 @@ claims over seeds; `write_page` makes a page, tables and a plot of it. `moesaic 
 from __future__ import annotations
 
 from moesaic.papers.claims import Claim, Judgement, Verdict, judge
-from moesaic.papers.experiment import Arm, Column, Experiment, Forking, Trained
+from moesaic.papers.experiment import Arm, Column, Experiment, Forking, Section, Trained
 from moesaic.papers.registry import EXPERIMENTS, experiment_named
 from moesaic.papers.reproduce import Reproduction, reproduce
 from moesaic.papers.result import ArmResult
@@ -24,6 +24,7 @@ __all__ = [
     "Forking",
     "Judgement",
     "Reproduction",
+    "Section",
     "SizedArm",
     "Trained",
     "Verdict",

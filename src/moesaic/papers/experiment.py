@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
 from moesaic.data import PreparedData
 from moesaic.papers.claims import Claim, Measured
 from moesaic.train import RunConfig
+
+if TYPE_CHECKING:
+    from moesaic.papers.reproduce import Reproduction
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Trained:
         model: in evaluation mode.
         data: held-out batches are in it.
         initial: folder of the model that it started from, for forked arms.
+        checkpoints: those on disk, by step: the last one, and those of `train.checkpoint_steps`.
     """
 
     arm: str
@@ -71,6 +75,37 @@ class Trained:
     model: PreTrainedModel
     data: PreparedData
     initial: Path | None = None
+    checkpoints: Mapping[int, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page that only this experiment has.
+
+    Attributes:
+        title: of the part; its figure is named by it.
+        text: what is seen there, in Markdown.
+        table: makes a Markdown table of the finished reproduction; None for none, as is an empty one.
+        draw: draws a figure, given an empty matplotlib figure with the finished reproduction; None for none.
+        size: width and height of the figure in inches.
+        caption: of the figure, for those who can't see it.
+    """
+
+    title: str
+    text: str = ""
+    table: Callable[[Reproduction], str] | None = None
+    draw: Callable[[Any, Reproduction], None] | None = None
+    size: tuple[float, float] = (9.6, 3.8)
+    caption: str = ""
+
+    @property
+    def stem(self) -> str:
+        """Name of the figure's file, without the page's name and suffix."""
+        return "-".join("".join(letter if letter.isalnum() else " " for letter in self.title.lower()).split())
+
+
+Measurement = float | Sequence[float]
+"""A number, which claims and columns see, or numbers of a curve or a table, which only sections see."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +134,13 @@ class Experiment:
         arms: by name, in the order of the page; a parent stands before the arms that start from it. A size takes those
             that its file lists.
         control: name of the arm that the others are compared with.
-        measure: measurements of a trained arm by name, besides the validation losses that every arm has.
+        measure: measurements of a trained arm by name, besides the validation losses that every arm has. Lists of
+            numbers go to `ArmResult.series`.
         columns: which measurements the page shows.
         claims: what the paper says.
         notes: what a reader must know to read the numbers right.
         panel: draws the second panel of the plot, given matplotlib axes and the measurements by seed; None for none.
+        sections: further parts of the page, after the arms.
     """
 
     name: str
@@ -113,11 +150,12 @@ class Experiment:
     question: str
     arms: Mapping[str, Arm]
     control: str
-    measure: Callable[[Trained], dict[str, float]]
+    measure: Callable[[Trained], Mapping[str, Measurement]]
     columns: Mapping[str, Column]
     claims: tuple[Claim, ...]
     notes: tuple[str, ...] = ()
     panel: Callable[[Any, list[Measured]], None] | None = None
+    sections: tuple[Section, ...] = ()
 
     def __reduce__(self) -> tuple[Callable[[str], Experiment], tuple[str]]:
         """Pickled by module: the functions of claims don't pickle."""

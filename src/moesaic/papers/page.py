@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moesaic.papers.claims import Judgement
-from moesaic.papers.experiment import Experiment
+from moesaic.papers.experiment import Experiment, Section
 from moesaic.papers.reproduce import Reproduction
 from moesaic.papers.result import ArmResult
 from moesaic.papers.sizes import read_size
@@ -59,6 +59,7 @@ def render_page(found: Reproduction, machine: str, *, plotted: bool, stem: str) 
         f"{', one thread each' if found.jobs > 1 else ''}.",
         _measurements(found),
         plot,
+        *(part for section in experiment.sections for part in _section(section, found, plotted=plotted, stem=stem)),
         *(["## How to read it", "\n".join(f"- {note}" for note in experiment.notes)] if experiment.notes else []),
         f"All training steps together took {seconds / 60:.1f} minutes of one process. Every number by seed is in "
         f"[{stem}.csv]({stem}.csv), with curves in [{stem}.json]({stem}.json).",
@@ -118,12 +119,23 @@ hold* where the test says the opposite, and is *not resolved* otherwise: few see
 """
 
 
+def _section(section: Section, found: Reproduction, *, plotted: bool, stem: str) -> list[str]:
+    table = section.table(found) if section.table is not None else ""
+    figure = f"![{section.caption or section.title}]({stem}-{section.stem}.svg)"
+    return [
+        f"## {section.title}",
+        *section.text.split("\n\n"),
+        table,
+        figure if plotted and section.draw is not None else "",
+    ]
+
+
 def _claims(judgements: Sequence[Judgement]) -> str:
     rows = ["| claim | advantage | over seeds | verdict |", "|---|---|---|---|"]
     for judgement in judgements:
         source = f" ({judgement.claim.source})" if judgement.claim.source else ""
         rows.append(
-            f"| {judgement.claim.name}{source} | {judgement.claim.success} | {_spread(judgement.values, 4, signed=True)} "
+            f"| {judgement.claim.name}{source} | {judgement.claim.success} | {spread(judgement.values, 4, signed=True)} "
             f"| **{judgement.verdict}** |"
         )
     return "\n".join(rows)
@@ -152,7 +164,7 @@ def _arms(found: Reproduction) -> str:
             short(results[0].active_parameters),
             f"{results[0].tokens:,}",
             f"{statistics.fmean(result.tokens / max(result.seconds, 1e-9) for result in results):,.0f}",
-            *(_spread(_values(results, measure), 4) for measure in ("loss", *domains)),
+            *(spread(_values(results, measure), 4) for measure in ("loss", *domains)),
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
@@ -163,7 +175,7 @@ def _measurements(found: Reproduction) -> str:
     rows = [f"| arm | {' | '.join(column.heading for column in columns.values())} |", "|---" * (len(columns) + 1) + "|"]
     for name in found.arms:
         results = [found.results[seed][name] for seed in found.seeds]
-        cells = [_spread(_values(results, measure), column.digits) for measure, column in columns.items()]
+        cells = [spread(_values(results, measure), column.digits) for measure, column in columns.items()]
         if any(cells):
             rows.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(rows) if len(rows) > 2 else ""
@@ -194,8 +206,8 @@ def _values(results: Sequence[ArmResult], measure: str) -> list[float]:
     return [result.measurements[measure] for result in results if measure in result.measurements]
 
 
-def _spread(values: Sequence[float], digits: int, *, signed: bool = False) -> str:
-    """Mean and standard deviation; empty without values."""
+def spread(values: Sequence[float], digits: int, *, signed: bool = False) -> str:
+    """Mean and standard deviation over seeds, in words; empty without values."""
     if not values:
         return ""
     mean = f"{statistics.fmean(values):{'+' if signed else ''}.{digits}f}"

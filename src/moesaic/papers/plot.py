@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moesaic.files import atomic_file
+from moesaic.papers.experiment import Section
 from moesaic.papers.reproduce import Reproduction
 
 
@@ -17,22 +20,39 @@ def draw(found: Reproduction, path: Path) -> bool:
     Returns:
         Whether it was written; matplotlib (the `plots` extra) may be missing.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        return False
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
     panels = 1 if found.experiment.panel is None else 2
-    with matplotlib.rc_context({"svg.hashsalt": "moesaic"}):
-        figure = Figure(figsize=(4.8 * panels, 3.8), layout="constrained")
-        FigureCanvasSVG(figure)
+
+    def fill(figure: Any) -> None:
         axes = np.atleast_1d(np.asarray(figure.subplots(1, panels), dtype=object))
         _curves(axes[0], found)
         if found.experiment.panel is not None:
             found.experiment.panel(axes[1], found.measured)
         for axis in axes:
             axis.grid(alpha=0.3)
+
+    return _write(path, (4.8 * panels, 3.8), fill)
+
+
+def draw_section(section: Section, found: Reproduction, path: Path) -> bool:
+    """Write the figure of a part of the page, if it has one, as `draw` does."""
+    if section.draw is None:
+        return False
+    fill = section.draw
+    return _write(path, section.size, lambda figure: fill(figure, found))
+
+
+def _write(path: Path, size: tuple[float, float], fill: Callable[[Any], None]) -> bool:
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "moesaic"}):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasSVG(figure)
+        fill(figure)
+        for axis in figure.axes:
             axis.spines[["top", "right"]].set_visible(False)
         with atomic_file(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class ArmResult:
         seconds: of training steps, without evaluation, checkpoints and measurements.
         parameters: stored.
         active_parameters: in use for a token.
+        series: lists of numbers that the experiment measures, for figures and tables.
     """
 
     arm: str
@@ -49,6 +50,7 @@ class ArmResult:
     seconds: float
     parameters: int
     active_parameters: int
+    series: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -200,18 +202,22 @@ def _measurements_in(folder: Path) -> dict[str, float]:
 
 def _measure(task: Task, run: RunConfig, data: PreparedData, result: TrainResult) -> ArmResult:
     model = load_model(result.checkpoint).to(select_device(run.train.device)).eval()  # pyright: ignore[reportArgumentType]
-    trained = Trained(task.name, run, model, data, task.initial)
+    saved = CheckpointStore(task.folder / CHECKPOINTS, keep=1).all()
+    trained = Trained(
+        task.name, run, model, data, task.initial, {int(path.name.removeprefix("step-")): path for path in saved}
+    )
     losses = {f"loss.{domain}": found.loss for domain, found in result.validation.items()}
     counted = account(model)
     lines = read_metrics(result.metrics_file)
     steps = [line for line in lines if line["type"] == "train"]
     tokens_of_step = result.tokens / run.train.steps
     seconds = sum(tokens_of_step / line["tokens_per_second"] for line in steps)
+    measured = task.experiment.measure(trained)
     measurements = {
         "loss": overall(result.validation).loss,
         **losses,
         "tokens_per_second": result.tokens / seconds,
-        **task.experiment.measure(trained),
+        **{name: value for name, value in measured.items() if isinstance(value, float | int)},
     }
     return ArmResult(
         arm=task.name,
@@ -223,4 +229,5 @@ def _measure(task: Task, run: RunConfig, data: PreparedData, result: TrainResult
         seconds=seconds,
         parameters=counted.total,
         active_parameters=counted.active,
+        series={name: list(value) for name, value in measured.items() if not isinstance(value, float | int)},
     )

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from moesaic.errors import DataError
 from moesaic.files import write_text
 from moesaic.papers.machine import describe_machine
 from moesaic.papers.page import command_of, render_index, render_page
-from moesaic.papers.plot import draw
+from moesaic.papers.plot import draw, draw_section
 from moesaic.papers.registry import EXPERIMENTS
 from moesaic.papers.reproduce import Reproduction
 
 
 def write_page(found: Reproduction, folder: str | Path) -> Path:
-    """Write NAME.md, NAME.csv, NAME.json and, with matplotlib, NAME.svg into `folder`.
+    """Write NAME.md, NAME.csv, NAME.json and, with matplotlib, NAME.svg and figures of sections into `folder`.
 
     Args:
         found: a finished reproduction.
@@ -37,9 +38,11 @@ def write_page(found: Reproduction, folder: str | Path) -> Path:
     folder, name = Path(folder), found.experiment.name
     size_of = "" if found.size == "cpu" else f"-{found.size}"
     plotted = draw(found, folder / f"{name}{size_of}.svg")
+    for section in found.experiment.sections:
+        draw_section(section, found, folder / f"{name}{size_of}-{section.stem}.svg")
     machine = describe_machine()
     write_text(folder / f"{name}{size_of}.csv", _table(found))
-    write_text(folder / f"{name}{size_of}.json", json.dumps(content(found, machine), indent=1) + "\n")
+    write_text(folder / f"{name}{size_of}.json", _indented(content(found, machine)))
     page = folder / f"{name}{size_of}.md"
     write_text(page, render_page(found, machine, plotted=plotted, stem=page.stem))
     return page
@@ -96,6 +99,12 @@ def content(found: Reproduction, machine: str) -> dict[str, Any]:
             ],
         }
     )
+
+
+def _indented(value: Any) -> str:
+    """JSON for people: indented, but lists of numbers on one line."""
+    text = json.dumps(value, indent=1)
+    return re.sub(r"\[[^][{}\"]*\]", lambda numbers: " ".join(numbers.group().split()), text) + "\n"
 
 
 def _json_able(value: Any) -> Any:
