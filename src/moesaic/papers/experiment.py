@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -101,7 +102,7 @@ class Section:
     @property
     def stem(self) -> str:
         """Name of the figure's file, without the page's name and suffix."""
-        return "-".join("".join(letter if letter.isalnum() else " " for letter in self.title.lower()).split())
+        return "-".join(re.findall(r"\w+", self.title.lower().replace("'", "")))
 
 
 Measurement = float | Sequence[float]

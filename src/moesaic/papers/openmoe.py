@@ -243,6 +243,8 @@ EXPERIMENT = Experiment(
         "paper averages: with K = 2 and two layers the weight of 0.01 is the same in both.",
         "The capacity is that of OpenMoE's PyTorch code, floor(K cf T / E), made even, but of each sequence by itself: with one "
         "for the batch, its last sequences would lose instead of its last positions.",
+        "How far an untrained router already goes by token id depends on the initial weights: here a token's embedding is about "
+        "as large as what attention adds to it before the first router.",
         "Under first come, first served the order of filling moves drops, not their number: totals of the two orders are equal.",
         "Not reproduced at this size: that routing settles within the warm-up. The paper's first checkpoint is after 200B tokens.",
     ),

@@ -213,6 +213,8 @@ def _draw_published(figure: Any, found: Reproduction) -> None:
         size = round(len(matrix) ** 0.5)
         cells = [matrix[row * size : (row + 1) * size] for row in range(size)]
         image = axes[0][column].imshow(cells, vmin=0, vmax=0.6, cmap="Blues")
+        for axis in axes[:, column]:
+            axis.xaxis.get_major_locator().set_params(integer=True)
         axes[0][column].set(title=f"{layer}: co-activation", xlabel="expert", ylabel="of the tokens of expert")
         figure.colorbar(image, ax=axes[0][column])
         names = domains_of(found)
@@ -282,6 +284,6 @@ SECTIONS = (
         _published,
         _draw_published,
         size=(9.6, 7.2),
-        caption="Co-activation of experts, and the share of each domain's tokens that each expert gets",
+        caption="Co-activation, and the experts of each domain",
     ),
 )
