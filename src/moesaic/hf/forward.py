@@ -36,6 +36,23 @@ def num_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
     return 0 if given is None else given.shape[0] * given.shape[1]
 
 
+def positions_after(context: RoutingContext, length: int, attention_mask: Any, past_key_values: Any) -> Tensor | None:
+    """Positions of a forward pass: those that were given, or where a cache of earlier tokens ends; None without either.
+
+    Args:
+        context: of the forward pass.
+        length: tokens of each sequence in it.
+        attention_mask: as the model was given it; of two dimensions it tells padding, which has no position.
+        past_key_values: the cache before the forward pass.
+    """
+    past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    if context.position_T is not None or not past:
+        return context.position_T
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and attention_mask.shape[1] == past + length:
+        return (attention_mask.long().cumsum(-1) - 1)[:, -length:].clamp(min=0).reshape(-1)
+    return torch.arange(past, past + length).repeat(context.batch_size)
+
+
 def sequence_weights(
     labels: Tensor | None,
     context: RoutingContext,

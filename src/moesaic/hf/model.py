@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from moesaic.hf.backbone import CONTEXT, Carried, build_backbone, moe_blocks
 from moesaic.hf.configuration import MoesaicConfig
 from moesaic.hf.experts import IMPLEMENTATION, check_implementation
 from moesaic.hf.families import family_of
-from moesaic.hf.forward import forward_context, num_tokens, sequence_weights
+from moesaic.hf.forward import forward_context, num_tokens, positions_after, sequence_weights
 from moesaic.hf.limits import check_needs, check_pipeline, check_vocabulary
 from moesaic.hf.output import MoeCausalLMOutput, MoeModelOutput
 from moesaic.layer import MoEBlock, OverrideFactory, Overrides, Router, RoutingContext
@@ -185,12 +186,17 @@ class MoesaicModel(MoesaicPreTrainedModel):
         context.task_B = task_ids
         context.group = self.batch_group if self.training else None
         check_needs(context, self._needs)
+        # Before the cache grows; routers are told only what the caller gave.
+        given: Tensor = input_ids if input_ids is not None else inputs_embeds  # type: ignore[assignment]
+        position_T = None
+        if self._listeners or self._overrides:
+            position_T = positions_after(context, given.shape[1], attention_mask, past_key_values)
         if self._draws and self.training:
             # Drawn on the host, which gives the same on every device, and moved once for all layers.
-            given = input_ids if input_ids is not None else inputs_embeds
-            context.seed = torch.randint(2**62, ()).to(given.device)  # type: ignore[union-attr]
+            context.seed = torch.randint(2**62, ()).to(given.device)
         if self._overrides:
-            context.override = Overrides.made(self._overrides, context, num_tokens(input_ids, inputs_embeds))
+            placed = replace(context, position_T=position_T)
+            context.override = Overrides.made(self._overrides, placed, num_tokens(input_ids, inputs_embeds))
         # capture_outputs of the backbone would look for a recorder of router logits that dense families lack.
         output = self.backbone(
             input_ids=input_ids,
@@ -203,7 +209,7 @@ class MoesaicModel(MoesaicPreTrainedModel):
             **kwargs,
         )
         for listener in self._listeners.values():
-            listener(context)
+            listener(replace(context, position_T=position_T))
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         logits = tuple(routing.logits_TN for routing in context.records.values()) if output_router_logits else None

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from moesaic.errors import UnsupportedModel
 from moesaic.hf.model import MoesaicModel, RoutingListener
+from moesaic.hf.stock_listener import Handles, StockListener
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class RoutingSource(Protocol):
         """Its MoE layers by decoder layer index."""
         ...
 
-    def listen(self, listener: RoutingListener) -> RemovableHandle:
+    def listen(self, listener: RoutingListener) -> RemovableHandle | Handles:
         """Call `listener` with the routing of every forward pass, until the handle is removed."""
         ...
 
@@ -62,22 +63,44 @@ class _OurModel:
             for layer, block in self.model.moe_blocks().items()
         }
 
-    def listen(self, listener: RoutingListener) -> RemovableHandle:
+    def listen(self, listener: RoutingListener) -> RemovableHandle | Handles:
         return self.model.add_routing_listener(listener)
+
+
+class _StockModel:
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._listener = StockListener(model)
+
+    def layers(self) -> dict[int, RoutedLayer]:
+        return {
+            layer: RoutedLayer(
+                num_experts=router.num_experts,
+                top_k=router.top_k,
+                num_null=getattr(router.rule, "num_null", 0),
+                router=router.rule.type,
+            )
+            for layer, router in self._listener.routers.items()
+        }
+
+    def listen(self, listener: RoutingListener) -> RemovableHandle | Handles:
+        return self._listener.listen(listener)
 
 
 def routing_source(model: nn.Module) -> RoutingSource:
     """The model in `model`, which may be wrapped (PEFT, data parallelism).
 
     Raises:
-        UnsupportedModel: if it has no MoE layer or its routing can't be heard.
+        UnsupportedModel: if it has no MoE layer, its routing can't be heard, or it is an encoder-decoder.
     """
     ours = next((module for module in model.modules() if isinstance(module, MoesaicModel)), None)
     if ours is None:
-        raise UnsupportedModel(
-            f"{type(model).__name__} does not report its routing: it is not a moesaic model; "
-            "turn a Mixture-of-Experts model of transformers into one with moesaic.convert(model)"
-        )
+        stock = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+        if stock is None:
+            raise UnsupportedModel(
+                f"{type(model).__name__} holds no model of moesaic or transformers, so there is no routing to record"
+            )
+        return _StockModel(stock)
     if not ours.moe_blocks():
         raise UnsupportedModel(f"this {type(model).__name__} has no MoE layer, so there is no routing to record")
     return _OurModel(ours)

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moesaic.errors import UnsupportedModel
 from moesaic.hf.router_presets import ROUTER_PRESETS, RouterPreset, presets_of, rule_of
-from moesaic.layer import MoEBlock, NullExpertsConfig, RouterConfig, Routing, TopKConfig
+from moesaic.layer import MoEBlock, NullExpertsConfig, RouterConfig, Routing, RoutingContext, TopKConfig
 
 # Called with the layer and its routing in the place of the block's output, and returns what to put there.
 OnOutput = Callable[[int, Tensor], Tensor]
@@ -66,9 +66,20 @@ class StockRouter:
         named = (*self.block.named_parameters(), *self.block.named_buffers())
         return self.preset.weights({name: tensor for name, tensor in named if ".experts." not in f".{name}"})
 
-    def routing(self, x_TD: Tensor, output: Any) -> Routing:
-        """The record of the stock router for `x_TD`, given what it returned."""
-        routing: Routing = functional_call(self._router, self.tensors(), (x_TD,))
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return self._router.top_k
+
+    def routing(self, x_TD: Tensor, output: Any, context: RoutingContext | None = None) -> Routing:
+        """The record of the stock router for `x_TD`, given what it returned.
+
+        Args:
+            x_TD: its input.
+            output: what it returned.
+            context: of the forward pass, for routers that look token ids up.
+        """
+        routing: Routing = functional_call(self._router, self.tensors(), (x_TD, context))
         if self.preset.call is not None or not isinstance(self.rule, TopKConfig):
             return routing
         # The picks that were made: in low precision the stock router may round otherwise than ours.
@@ -96,8 +107,12 @@ class StockRouter:
         ]
 
 
-def stock_routers(model: PreTrainedModel) -> dict[int, StockRouter]:
-    """The MoE layers of a stock model, by decoder layer index; without those whose picks are a table of token ids.
+def stock_routers(model: PreTrainedModel, *, tables: bool = False) -> dict[int, StockRouter]:
+    """The MoE layers of a stock model, by decoder layer index.
+
+    Args:
+        model: the model.
+        tables: with those whose picks are a table of token ids, in which there is nothing to balance.
 
     Raises:
         UnsupportedModel: if it has none, one of them routes as no router of ours does, or it is one of our models.
@@ -111,24 +126,31 @@ def stock_routers(model: PreTrainedModel) -> dict[int, StockRouter]:
             continue
         config = _config_of(model.config, preset.model_type)
         rule = rule_of(preset, config)
-        if rule.needs == {"token_ids"}:
-            continue  # a table says which experts a token gets: there is nothing to balance
-        if rule.needs:
-            needed = ", ".join(sorted(rule.needs))
-            raise UnsupportedModel(
-                f"{preset.model_type}: its router looks at {needed}, which can't be read from outside"
-            )
+        if rule.needs == {"token_ids"} and not tables:
+            continue
+        if rule.needs - {"token_ids"}:
+            raise _needs_more(preset, rule)
         layer = _index(name)
         if layer in found:
-            raise UnsupportedModel(f"{type(model).__name__} has MoE layers in more than one stack: balance one of them")
+            raise UnsupportedModel(f"{type(model).__name__} has MoE layers in more than one stack: give one of them")
         num_experts = preset.weights(block.state_dict())["weight"].shape[0]
         if isinstance(rule, NullExpertsConfig):
             num_experts -= rule.num_null
         found[layer] = StockRouter(layer, block, preset, config, rule, num_experts)
     if not found:
-        presets_of(model.config)  # says why, if the family is known
+        presets = presets_of(model.config)  # says why, if the family is known
+        blocks = {type(module).__name__ for module in model.modules()}
+        for preset in presets:
+            rule = rule_of(preset, _config_of(model.config, preset.model_type))
+            if preset.block in blocks and rule.needs - {"token_ids"}:
+                raise _needs_more(preset, rule)
         raise UnsupportedModel(f"{type(model).__name__} has no MoE layer")
     return dict(sorted(found.items()))
+
+
+def _needs_more(preset: RouterPreset, rule: RouterConfig) -> UnsupportedModel:
+    needed = ", ".join(sorted(rule.needs))
+    return UnsupportedModel(f"{preset.model_type}: its router looks at {needed}, which can't be read from outside")
 
 
 def _preset_of(block: nn.Module) -> RouterPreset | None:

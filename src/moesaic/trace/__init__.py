@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
-from moesaic.trace.accounting import Accounting, Count, LayerPlan, account
-from moesaic.trace.batches import trace_batches
-from moesaic.trace.checks import check_model, check_tokenizer
-from moesaic.trace.counting import count
-from moesaic.trace.counts import LayerCounts, RoutingCounts
-from moesaic.trace.file import TraceFile
-from moesaic.trace.group_counts import DropCounts, GroupCounts
-from moesaic.trace.header import LayerFacts, TraceHeader, tokenizer_fingerprint
+from moesaic.trace.accounting import (
+    Accounting,
+    Count,
+    LayerPlan,
+    account,
+)
+from moesaic.trace.batches import (
+    trace_batches,
+)
+from moesaic.trace.checks import (
+    check_model,
+    check_tokenizer,
+)
+from moesaic.trace.counting import (
+    count,
+)
+from moesaic.trace.counts import (
+    LayerCounts,
+    RoutingCounts,
+)
+from moesaic.trace.facts import (
+    facts_of,
+)
+from moesaic.trace.file import (
+    TraceFile,
+)
+from moesaic.trace.group_counts import (
+    DropCounts,
+    GroupCounts,
+)
+from moesaic.trace.header import (
+    LayerFacts,
+    TraceHeader,
+    tokenizer_fingerprint,
+)
 from moesaic.trace.metrics import (
     Band,
     ExpertMatch,
@@ -54,10 +81,28 @@ from moesaic.trace.metrics import (
     vocabulary_specialisation,
     weight_similarity,
 )
-from moesaic.trace.positions import PositionCounts
-from moesaic.trace.record import LayerTrace, RoutingTrace, record
-from moesaic.trace.replay import replay
-from moesaic.trace.report import Report, make_report, write_report
+from moesaic.trace.positions import (
+    PositionCounts,
+)
+from moesaic.trace.record import (
+    LayerTrace,
+    RoutingTrace,
+    record,
+)
+from moesaic.trace.replay import (
+    replay,
+)
+from moesaic.trace.report import (
+    Report,
+    make_report,
+    write_report,
+)
+from moesaic.trace.routed_experts import (
+    ImportedTrace,
+    encode_routed_experts,
+    from_routed_experts,
+    to_routed_experts,
+)
 from moesaic.trace.router_statistics import (
     RouterStatistics,
     StateInfluence,
@@ -65,7 +110,11 @@ from moesaic.trace.router_statistics import (
     router_statistics,
     watch_state,
 )
-from moesaic.trace.rows import RoutingLog, Rows, TokenColumns
+from moesaic.trace.rows import (
+    RoutingLog,
+    Rows,
+    TokenColumns,
+)
 from moesaic.trace.specialisation import (
     cross_layer_information,
     domain_information,
@@ -74,8 +123,12 @@ from moesaic.trace.specialisation import (
     inner_balance,
     outer_balance,
 )
-from moesaic.trace.stream import StreamedTrace
-from moesaic.trace.writer import TraceWriter
+from moesaic.trace.stream import (
+    StreamedTrace,
+)
+from moesaic.trace.writer import (
+    TraceWriter,
+)
 
 __all__ = [
     "Accounting",
@@ -85,6 +138,7 @@ __all__ = [
     "ExpertMatch",
     "FrequencyBucket",
     "GroupCounts",
+    "ImportedTrace",
     "LayerCounts",
     "LayerFacts",
     "LayerPlan",
@@ -124,10 +178,13 @@ __all__ = [
     "drop_rate",
     "drop_rate_by_position",
     "drop_rates",
+    "encode_routed_experts",
     "expert_outputs",
     "expert_similarity",
     "experts_by_frequency",
     "experts_per_token",
+    "facts_of",
+    "from_routed_experts",
     "gate_entropy",
     "gini",
     "group_distribution",
@@ -152,6 +209,7 @@ __all__ = [
     "router_statistics",
     "routing_deviation",
     "saturation_over",
+    "to_routed_experts",
     "token_clusters",
     "tokenizer_fingerprint",
     "top_tokens",

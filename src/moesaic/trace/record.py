@@ -269,7 +269,9 @@ def record(
         moesaic.trace.TraceFile("code.trace")
 
     Args:
-        model: a moesaic model, or a module that holds one (a PEFT model, a wrapper for data parallelism).
+        model: a moesaic model or any stock MoE model of transformers whose router docs/router-presets.md lists, or a
+            module that holds one (a PEFT model, a wrapper for data parallelism). Nothing of it changes: not its class,
+            not its outputs.
         path: folder to write the trace to, in bounded memory (docs/contracts/trace.md has the format); None keeps it in
             memory.
         keep: "counts" keeps only the load of each expert, and with a capacity the drops by position: 16 bytes for each
@@ -288,7 +290,7 @@ def record(
         runs inside them.
 
     Raises:
-        UnsupportedModel: if `model` holds no moesaic model, or that model has no MoE layer.
+        UnsupportedModel: if there is no MoE layer, a router can't be read, or the model is an encoder-decoder.
         ConfigError: if an argument is not one of the choices.
         TraceError: if there is a trace at `path` and `append` is not set, or it can't be written.
     """

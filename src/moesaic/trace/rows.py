@@ -64,7 +64,7 @@ class Rows:
         tokens: the tokens.
         choice_TK: what was selected, best first by what the router compared, before a capacity dropped any: an expert
             from 0 to N - 1, a null expert from N to M - 1, or -1 for nothing. An integer type.
-        weight_TK: weight of each selection at combine, float32; 0 for nothing.
+        weight_TK: weight of each selection at combine, float32; 0 for nothing, NaN where it is not known or was not read.
         dropped_TK: selections that found their expert full, bool; None where nothing limits experts.
         scores_TM: the router's scores of all columns, float32, if they were asked for.
     """

@@ -1,0 +1,154 @@
+"""The routing of a stock model's forward passes, put together from what its routers do: no class changes, no output does."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from moesaic.errors import UnsupportedModel
+from moesaic.hf.forward import forward_context, positions_after
+from moesaic.hf.stock_routing import StockRouter, stock_routers
+from moesaic.layer import RoutingContext
+
+# Under these names callers say which tokens are of which modality.
+_MODALITIES = ("mm_token_type_ids", "moe_mm_token_type_ids")
+
+
+class StockListener:
+    """Calls a listener with the routing of every forward pass of a stock MoE model.
+
+    A hook before the decoder opens a `RoutingContext`, hooks on the routers commit their records to it, and a hook after
+    the decoder hands it on. What layers do in the backward pass, under checkpointing, belongs to no forward pass and is
+    left out. Records are made without gradient.
+
+    Args:
+        model: the model.
+
+    Attributes:
+        routers: its MoE layers by decoder layer index.
+
+    Raises:
+        UnsupportedModel: if it is an encoder-decoder, has no MoE layer, or a router can't be read.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise UnsupportedModel(
+                f"{type(model).__name__} ({model.config.model_type}) is an encoder-decoder, in whose traces a position "
+                "would mean two things; only decoders are recorded"
+            )
+        self.model = model
+        self.routers: dict[int, StockRouter] = stock_routers(model, tables=True)
+        self._stack = _models_around(model, [router.block for router in self.routers.values()])
+
+    def listen(self, listener: Callable[[RoutingContext], None]) -> Handles:
+        """Call `listener` with the routing of every forward pass from now on, until the handle is removed."""
+        hearing = _Hearing(self.routers, listener)
+        *outer, decoder = self._stack
+        handles = [
+            module.register_forward_pre_hook(hearing.before_outer, with_kwargs=True, prepend=True) for module in outer
+        ]
+        handles.append(decoder.register_forward_pre_hook(hearing.before_decoder, with_kwargs=True, prepend=True))
+        for layer, router in self.routers.items():
+            hook = functools.partial(hearing.after_router, layer)
+            handles.append(router.gate.register_forward_hook(hook, with_kwargs=True))
+        # In this order: what an outer model was given is forgotten last.
+        handles.append(decoder.register_forward_hook(hearing.after_decoder, always_call=True))
+        handles += [module.register_forward_hook(hearing.after_outer, always_call=True) for module in outer]
+        return Handles(handles)
+
+
+class _Hearing:
+    """What is known of the forward pass that is under way."""
+
+    def __init__(self, routers: Mapping[int, StockRouter], listener: Callable[[RoutingContext], None]) -> None:
+        self._routers, self._listener = routers, listener
+        self._given: dict[str, Any] = {}
+        self._open: RoutingContext | None = None
+        self._position_T: Tensor | None = None
+
+    def before_outer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Keep what a model around the decoder is given, which may turn ids into embeddings and masks into others."""
+        for name, value in _named(module, args, kwargs).items():
+            if isinstance(value, Tensor) and name in ("input_ids", "attention_mask", *_MODALITIES):
+                self._given.setdefault(name, value)
+
+    def after_outer(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._given = {}
+
+    def before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        named = _named(module, args, kwargs)
+        ids_BS, embeddings_BSD = named.get("input_ids"), named.get("inputs_embeds")
+        given = ids_BS if ids_BS is not None else embeddings_BSD
+        if given is None:
+            return  # the model itself says that its input is missing
+        outer_ids_BS = self._given.get("input_ids")
+        if ids_BS is None and outer_ids_BS is not None and outer_ids_BS.shape == given.shape[:2]:
+            ids_BS = outer_ids_BS
+        mask = named.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            mask = self._given.get("attention_mask", mask)
+        context = forward_context(ids_BS, embeddings_BSD, _text_positions(named.get("position_ids")), mask)
+        for name in _MODALITIES:
+            modality_BS = named.get(name, self._given.get(name))
+            if isinstance(modality_BS, Tensor) and modality_BS.shape == given.shape[:2]:
+                context.modality_T = modality_BS.reshape(-1)
+        context.position_T = positions_after(context, given.shape[1], mask, named.get("past_key_values"))
+        self._open = context
+
+    @torch.no_grad()
+    def after_router(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if self._open is None or layer in self._open.records:
+            return
+        x = args[0] if args else kwargs["hidden_states"]
+        self._open.commit(layer, self._routers[layer].routing(x.reshape(-1, x.shape[-1]), output, self._open))
+
+    def after_decoder(self, module: nn.Module, args: tuple, output: Any) -> None:
+        context, self._open = self._open, None
+        if context is None or output is None:  # without output it has raised an error
+            return
+        if not context.records:
+            raise UnsupportedModel(
+                f"no router of {type(module).__name__} was heard: it was compiled before it was recorded; record a model "
+                "that is not compiled"
+            )
+        self._listener(context)
+
+
+class Handles:
+    """Several handles as one."""
+
+    def __init__(self, handles: list[RemovableHandle]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Remove them all."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _models_around(model: PreTrainedModel, blocks: list[nn.Module]) -> list[PreTrainedModel]:
+    """The models that hold all blocks, from the outermost to the decoder itself."""
+    wanted = {id(block) for block in blocks}
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return [module for module in models if wanted <= {id(child) for child in module.modules()}]
+
+
+def _named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    arguments = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
+    return {**arguments, **arguments.pop("kwargs", {})}
+
+
+def _text_positions(position_ids: Tensor | None) -> Tensor | None:
+    """Positions as one number a token: models of images and text have several, the first of four being that one."""
+    if position_ids is None or position_ids.dim() < 3:
+        return position_ids
+    return position_ids[0] if position_ids.shape[0] == 4 else None
