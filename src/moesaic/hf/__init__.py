@@ -14,6 +14,7 @@ from moesaic.hf.configuration import MoesaicConfig
 from moesaic.hf.conversion import convert, export
 from moesaic.hf.model import MoesaicForCausalLM, MoesaicModel, MoesaicPreTrainedModel
 from moesaic.hf.output import MoeCausalLMOutput, MoeModelOutput
+from moesaic.hf.overridable import override_routing
 from moesaic.hf.router_presets import ROUTER_PRESETS, UNSUPPORTED_ROUTERS, RouterPreset, router_preset
 
 AutoConfig.register(MoesaicConfig.model_type, MoesaicConfig, exist_ok=True)
@@ -35,6 +36,7 @@ __all__ = [
     "build",
     "convert",
     "export",
+    "override_routing",
     "read_backbone",
     "router_preset",
 ]

@@ -33,6 +33,8 @@ class StockListener:
 
     Attributes:
         routers: its MoE layers by decoder layer index.
+        decoder: the model that calls them.
+        outer: models around that one, from the outermost.
 
     Raises:
         UnsupportedModel: if it is an encoder-decoder, has no MoE layer, or a router can't be read.
@@ -46,12 +48,15 @@ class StockListener:
             )
         self.model = model
         self.routers: dict[int, StockRouter] = stock_routers(model, tables=True)
-        self._stack = _models_around(model, [router.block for router in self.routers.values()])
+        *self.outer, self.decoder = _models_around(model, [router.block for router in self.routers.values()])
+
+    def hearing(self, listener: Callable[[RoutingContext], None]) -> Hearing:
+        """What hooks on the model have in common."""
+        return Hearing(self.routers, listener)
 
     def listen(self, listener: Callable[[RoutingContext], None]) -> Handles:
         """Call `listener` with the routing of every forward pass from now on, until the handle is removed."""
-        hearing = _Hearing(self.routers, listener)
-        *outer, decoder = self._stack
+        hearing, outer, decoder = self.hearing(listener), self.outer, self.decoder
         handles = [
             module.register_forward_pre_hook(hearing.before_outer, with_kwargs=True, prepend=True) for module in outer
         ]
@@ -65,18 +70,22 @@ class StockListener:
         return Handles(handles)
 
 
-class _Hearing:
-    """What is known of the forward pass that is under way."""
+class Hearing:
+    """What is known of the forward pass that is under way.
+
+    Attributes:
+        open: its context; None outside of one.
+    """
 
     def __init__(self, routers: Mapping[int, StockRouter], listener: Callable[[RoutingContext], None]) -> None:
         self._routers, self._listener = routers, listener
         self._given: dict[str, Any] = {}
-        self._open: RoutingContext | None = None
+        self.open: RoutingContext | None = None
         self._position_T: Tensor | None = None
 
     def before_outer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Keep what a model around the decoder is given, which may turn ids into embeddings and masks into others."""
-        for name, value in _named(module, args, kwargs).items():
+        for name, value in named_arguments(module, args, kwargs).items():
             if isinstance(value, Tensor) and name in ("input_ids", "attention_mask", *_MODALITIES):
                 self._given.setdefault(name, value)
 
@@ -84,7 +93,7 @@ class _Hearing:
         self._given = {}
 
     def before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        named = _named(module, args, kwargs)
+        named = named_arguments(module, args, kwargs)
         ids_BS, embeddings_BSD = named.get("input_ids"), named.get("inputs_embeds")
         given = ids_BS if ids_BS is not None else embeddings_BSD
         if given is None:
@@ -101,17 +110,17 @@ class _Hearing:
             if isinstance(modality_BS, Tensor) and modality_BS.shape == given.shape[:2]:
                 context.modality_T = modality_BS.reshape(-1)
         context.position_T = positions_after(context, given.shape[1], mask, named.get("past_key_values"))
-        self._open = context
+        self.open = context
 
     @torch.no_grad()
     def after_router(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if self._open is None or layer in self._open.records:
+        if self.open is None or layer in self.open.records:
             return
         x = args[0] if args else kwargs["hidden_states"]
-        self._open.commit(layer, self._routers[layer].routing(x.reshape(-1, x.shape[-1]), output, self._open))
+        self.open.commit(layer, self._routers[layer].routing(x.reshape(-1, x.shape[-1]), output, self.open))
 
     def after_decoder(self, module: nn.Module, args: tuple, output: Any) -> None:
-        context, self._open = self._open, None
+        context, self.open = self.open, None
         if context is None or output is None:  # without output it has raised an error
             return
         if not context.records:
@@ -141,7 +150,7 @@ def _models_around(model: PreTrainedModel, blocks: list[nn.Module]) -> list[PreT
     return [module for module in models if wanted <= {id(child) for child in module.modules()}]
 
 
-def _named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def named_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name."""
     arguments = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
     return {**arguments, **arguments.pop("kwargs", {})}

@@ -19,7 +19,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moesaic.errors import UnsupportedModel
 from moesaic.hf.router_presets import ROUTER_PRESETS, RouterPreset, presets_of, rule_of
-from moesaic.layer import MoEBlock, NullExpertsConfig, RouterConfig, Routing, RoutingContext, TopKConfig
+from moesaic.layer import (
+    MoEBlock,
+    NullExpertsConfig,
+    Router,
+    RouterConfig,
+    Routing,
+    RoutingContext,
+    TopKConfig,
+)
+from moesaic.layer.capacity import drop_picks
 
 # Called with the layer and its routing in the place of the block's output, and returns what to put there.
 OnOutput = Callable[[int, Tensor], Tensor]
@@ -79,7 +88,38 @@ class StockRouter:
             output: what it returned.
             context: of the forward pass, for routers that look token ids up.
         """
-        routing: Routing = functional_call(self._router, self.tensors(), (x_TD, context))
+        return self._as_made(functional_call(self._router, self.tensors(), (x_TD, context)), output)
+
+    @property
+    def router(self) -> Router:
+        """Our router with the same rule, without values."""
+        return self._router
+
+    @property
+    def irreplaceable(self) -> str | None:
+        """Why `overridden` does not work for this family, or None if it does."""
+        if self.preset.call is not None:
+            return f"{self.preset.router} does not return logits, weights and indices of tokens"
+        if not isinstance(self.rule, TopKConfig):
+            return f"{self.preset.router} picks null experts, whose weights a routing of ours adds up"
+        return None
+
+    def overridden(self, x_TD: Tensor, output: Any, context: RoutingContext) -> tuple[Tensor, Tensor, Tensor]:
+        """What the stock router is to return in place of `output`, by the override of `context`."""
+        overridden = _Overridden(self)
+        tensors = {f"router.{name}": tensor for name, tensor in self.tensors().items()}
+        routing: Routing = functional_call(overridden, tensors, (x_TD, output, context))
+        logits, weight_TK, index_TK = output
+        # Stock experts can't skip: those of nothing are computed, with weight 0.
+        none_TK = routing.index_TK >= self.num_experts
+        new_TK = routing.weight_TK.masked_fill(none_TK, 0.0)
+        if self.preset.block_scale is not None:
+            new_TK = new_TK / self.preset.block_scale(self.config)
+        shape = (*index_TK.shape[:-1], routing.top_k)
+        picks_TK = routing.index_TK.masked_fill(none_TK, 0)
+        return logits, new_TK.to(weight_TK.dtype).reshape(shape), picks_TK.to(index_TK.dtype).reshape(shape)
+
+    def _as_made(self, routing: Routing, output: Any) -> Routing:
         if self.preset.call is not None or not isinstance(self.rule, TopKConfig):
             return routing
         # The picks that were made: in low precision the stock router may round otherwise than ours.
@@ -105,6 +145,22 @@ class StockRouter:
             self.gate.register_forward_hook(after_router, with_kwargs=True),
             self.block.register_forward_hook(after_block),
         ]
+
+
+class _Overridden(nn.Module):
+    """A router and what an override makes of its routing, in one call, so that both see the stock router's tensors."""
+
+    def __init__(self, stock: StockRouter) -> None:
+        super().__init__()
+        self.router, self._stock = stock._router, (stock,)
+
+    def forward(self, x_TD: Tensor, output: Any, context: RoutingContext) -> Routing:
+        (stock,), override = self._stock, context.override
+        routing = stock._as_made(self.router(x_TD, context), output)
+        if override is None:
+            return routing
+        routing = override(stock.layer, self.router, routing, context)
+        return routing if routing.dropped_TK is None else drop_picks(routing, routing.dropped_TK)
 
 
 def stock_routers(model: PreTrainedModel, *, tables: bool = False) -> dict[int, StockRouter]:

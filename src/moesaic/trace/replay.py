@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesaic.errors import ConfigError, TraceError, UnsupportedModel, UnsupportedOverride
-from moesaic.hf import MoesaicModel
+from moesaic.errors import ConfigError, TraceError, UnsupportedOverride
+from moesaic.hf.overridable import overridable
 from moesaic.layer import MoEBlock, Router, Routing, RoutingContext, routing_at
+from moesaic.trace.facts import facts_of
 from moesaic.trace.header import LayerFacts, TraceHeader
 from moesaic.trace.lookup import TraceLookup
 from moesaic.trace.numbering import DocumentNumbering
@@ -43,7 +44,8 @@ def replay(
     or of those that `documents` names; from files too, which are read once.
 
     Args:
-        model: a moesaic model, or a module that holds one.
+        model: a moesaic model, a stock MoE model of transformers whose routers return picks and weights, or a module that
+            holds one. Stock models are replayed by hooks, and weigh picks by their family's rule.
         trace: picks of the same text through the same layers.
         weights: "router" weighs the picks by the rule and the present scores of the model's routers, so that gradients
             reach them; "trace" takes the stored weights, as constants.
@@ -54,23 +56,21 @@ def replay(
         TraceError: if layers, experts, picks or null experts of trace and model differ; in a forward pass, if the trace
             has another token id at a position, or does not hold it.
         ConfigError: if `weights` is neither choice, or asks for what trace or routers can't give.
-        UnsupportedModel: if `model` holds no moesaic model with MoE layers.
-        UnsupportedOverride: if its routers mix or merge experts, or can't say the weights of given picks.
+        UnsupportedModel: if `model` has no MoE layer, or is of a family whose routing can't be read.
+        UnsupportedOverride: if its routers mix or merge experts, can't say the weights of given picks, or return no picks
+            that could be replaced.
     """
     if weights not in ("router", "trace"):
         raise ConfigError("weights", weights, "is not one of the choices", "choose 'router' or 'trace'")
-    found = next((module for module in model.modules() if isinstance(module, MoesaicModel)), None)
-    blocks = {} if found is None else found.moe_blocks()
-    if found is None or not blocks:
-        raise UnsupportedModel(f"this {type(model).__name__} has no MoE layer whose routing could be replayed")
-    for block in blocks.values():
-        _check_router(block, weights)
-    check_fits(trace.header, {layer: facts_of(block) for layer, block in blocks.items()})
+    found = overridable(model)
+    for layer, router in found.routers.items():
+        _check_router(layer, router, weights)
+    _check_depth(model)
+    check_fits(trace.header, facts_of(model).layers)
     lookup = TraceLookup(trace, documents=documents, weights=weights == "trace")
     if weights == "trace":
         _check_weights(lookup)
-    limited = {layer for layer, block in blocks.items() if block.capacity is not None}
-    with found.override_routing(Replay(lookup, limited, documents)):
+    with found.override_routing(Replay(lookup, found.limited, documents)):
         yield
 
 
@@ -83,7 +83,7 @@ class Replay:
         documents: as for `replay`.
     """
 
-    def __init__(self, lookup: TraceLookup, limited: set[int], documents: Sequence[int] | None = None) -> None:
+    def __init__(self, lookup: TraceLookup, limited: frozenset[int], documents: Sequence[int] | None = None) -> None:
         self._lookup, self._limited = lookup, limited
         self._numbering = DocumentNumbering()
         self._document_D = None if documents is None else torch.tensor(list(documents), dtype=torch.int64)
@@ -143,7 +143,7 @@ class ReplayedPass:
 
     lookup: TraceLookup
     row_T: Mapping[int, Tensor]
-    limited: set[int]
+    limited: frozenset[int]
     mask_T: Tensor | None
 
     def __call__(self, layer: int, router: Router, routing: Routing, context: RoutingContext) -> Routing:
@@ -170,13 +170,6 @@ class ReplayedPass:
         width = max(real_RK.shape[1], own_TK.shape[1])
         real_RK, own_TK = (F.pad(values, (0, width - values.shape[1]), value=fill) for values in (real_RK, own_TK))
         return own_TK.index_copy(0, self.mask_T.nonzero().squeeze(-1).to(own_TK.device), real_RK)
-
-
-def facts_of(block: MoEBlock) -> LayerFacts:
-    """What a trace of this block would say of it."""
-    gate = block.gate
-    num_null = getattr(gate.config, "num_null", 0)
-    return LayerFacts(num_experts=gate.num_experts, top_k=gate.top_k, num_null=num_null, router=gate.config.type)
 
 
 def check_fits(header: TraceHeader, layers: Mapping[int, LayerFacts]) -> None:
@@ -207,30 +200,27 @@ def check_fits(header: TraceHeader, layers: Mapping[int, LayerFacts]) -> None:
                 )
 
 
-def _check_router(block: MoEBlock, weights: Weights) -> None:
-    gate = block.gate
-    if not gate.config.takes_picks:
+def _check_router(layer: int, router: Router, weights: Weights) -> None:
+    if weights == "router" and not router.says_weights:
         raise UnsupportedOverride(
-            f"router {gate.config.type} of layer {block.layer} mixes tokens or merges experts, so that a token has no picks "
-            "of its own to be replayed"
+            f'router {router.config.type} of layer {layer} can\'t say the weights of given picks; choose weights="trace"'
         )
-    if block.depth is not None:
-        raise UnsupportedOverride(
-            f"layer {block.layer} lets some tokens pass by (mixture of depths), and a trace does not say with which "
-            "weight the others passed; train and replay without moe.depth"
-        )
-    if weights == "router" and not gate.says_weights:
-        raise UnsupportedOverride(
-            f"router {gate.config.type} of layer {block.layer} can't say the weights of given picks; "
-            'choose weights="trace"'
-        )
-    if weights == "trace" and getattr(gate.config, "null_output", "zero") == "identity":
+    if weights == "trace" and getattr(router.config, "null_output", "zero") == "identity":
         raise ConfigError(
             "weights",
             weights,
-            f"needs the weights with which null experts of layer {block.layer} pass tokens on, which no trace holds",
+            f"needs the weights with which null experts of layer {layer} pass tokens on, which no trace holds",
             'choose weights="router"',
         )
+
+
+def _check_depth(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, MoEBlock) and module.depth is not None:
+            raise UnsupportedOverride(
+                f"layer {module.layer} lets some tokens pass by (mixture of depths), and a trace does not say with which "
+                "weight the others passed; train and replay without moe.depth"
+            )
 
 
 def _check_weights(lookup: TraceLookup) -> None:

@@ -1,0 +1,181 @@
+"""Overriding the routing of a stock model, from outside: hooks replace what its routers return."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from moesaic.errors import UnsupportedOverride
+from moesaic.hf.forward import num_tokens
+from moesaic.hf.stock_listener import StockListener, named_arguments
+from moesaic.hf.stock_routing import StockRouter
+from moesaic.layer import OverrideFactory, Overrides, Router, RoutingContext
+
+
+class StockOverrides:
+    """The routers of a stock model, whose picks and weights can be replaced.
+
+    Args:
+        model: the model.
+
+    Raises:
+        UnsupportedModel: if its routing can't be heard; see `StockListener`.
+        UnsupportedOverride: if a router's output is no list of picks and weights.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._listener = StockListener(model)
+        for router in self._listener.routers.values():
+            reason = router.irreplaceable
+            if reason is not None:
+                raise UnsupportedOverride(
+                    f"{router.preset.model_type}: {reason}, so that its picks can't be replaced from outside; "
+                    "moesaic.convert(model) makes a model whose picks can, if it knows the family"
+                )
+
+    @property
+    def routers(self) -> dict[int, Router]:
+        """Our routers with the rules of the stock ones, by decoder layer index; without values."""
+        return {layer: router.router for layer, router in self._listener.routers.items()}
+
+    @contextlib.contextmanager
+    def override_routing(self, factory: OverrideFactory) -> Iterator[None]:
+        """As `MoesaicModel.override_routing`."""
+        overriding = _Overriding(self._listener, factory)
+        try:
+            yield
+        finally:
+            overriding.close()
+
+
+class _Carried:
+    """A context on its way through the keywords of a decoder and its layers."""
+
+    def __init__(self, context: RoutingContext) -> None:
+        self.context = context
+
+
+class _Overriding:
+    """The hooks of one override.
+
+    The context of a forward pass travels as a keyword to the layers and to their children, where it is taken out. So layers
+    that are recomputed in the backward pass get that of their forward pass, for which the hooks of layers outlive the block
+    until no context is left. Families that pass no keywords on get the context that is under way, and are refused if layers
+    are recomputed.
+    """
+
+    def __init__(self, listener: StockListener, factory: OverrideFactory) -> None:
+        self._factory, self._hearing = factory, listener.hearing(lambda context: None)
+        self._name = f"routing_override_{id(self)}"
+        self._here: dict[int, _Carried] = {}
+        self._live, self._closed = 0, False
+        self._decoder = listener.decoder
+        layers = {layer: _decoder_layer(listener.decoder, router) for layer, router in listener.routers.items()}
+        stacks = [*{id(stack): stack for stack, _ in layers.values()}.values()]
+        every = [module for stack in stacks for module in stack]
+        self._travels = all(_takes_keywords(module) for module in (listener.decoder, *every))
+        handles = [
+            module.register_forward_pre_hook(self._hearing.before_outer, with_kwargs=True, prepend=True)
+            for module in listener.outer
+        ]
+        handles.append(listener.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True, prepend=True))
+        handles.append(listener.decoder.register_forward_hook(self._after_decoder, always_call=True))
+        handles += [
+            module.register_forward_hook(self._hearing.after_outer, always_call=True) for module in listener.outer
+        ]
+        self._handles: list[RemovableHandle] = handles
+        numbers = {id(module): layer for layer, (_, module) in layers.items()}
+        self._inner = [
+            child.register_forward_pre_hook(
+                functools.partial(self._before_child, numbers.get(id(module))), with_kwargs=True, prepend=True
+            )
+            for module in every
+            for child in module.children()
+        ]
+        for layer, router in listener.routers.items():
+            hook = functools.partial(self._after_router, layer, router)
+            self._inner.append(router.gate.register_forward_hook(hook, with_kwargs=True))
+
+    def close(self) -> None:
+        """Change no further forward pass."""
+        self._closed = True
+        self._hearing.open = None
+        for handle in self._handles:
+            handle.remove()
+        self._remove_if_done()
+
+    def _ended(self) -> None:
+        self._live -= 1
+        self._remove_if_done()
+
+    def _remove_if_done(self) -> None:
+        if self._closed and not self._live:
+            for handle in self._inner:
+                handle.remove()
+
+    def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        self._hearing.before_decoder(module, args, kwargs)
+        context = self._hearing.open
+        if context is None:
+            return None
+        named = named_arguments(module, args, kwargs)
+        tokens = num_tokens(named.get("input_ids"), named.get("inputs_embeds"))
+        context.override = Overrides.made([self._factory], context, tokens)
+        if not self._travels:
+            if module.training and getattr(module, "is_gradient_checkpointing", False):
+                raise UnsupportedOverride(
+                    f"{type(module).__name__} passes no keywords on to its layers, so that layers which are recomputed would "
+                    "not know which forward pass they belong to; switch gradient checkpointing off"
+                )
+            return None
+        carried = _Carried(context)
+        self._live += 1
+        weakref.finalize(carried, self._ended)
+        return args, {**kwargs, self._name: carried}
+
+    def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._hearing.open = None
+        self._here.clear()
+
+    def _before_child(self, layer: int | None, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        carried = kwargs.get(self._name)
+        if carried is None:
+            return None
+        if layer is not None:
+            self._here[layer] = carried
+        return args, {name: value for name, value in kwargs.items() if name != self._name}
+
+    def _after_router(
+        self, layer: int, router: StockRouter, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        carried = self._here.pop(layer, None)
+        context = carried.context if carried is not None else None
+        if context is None and not self._travels:
+            context = self._hearing.open
+        if context is None or context.override is None:
+            return None
+        x = args[0] if args else kwargs["hidden_states"]
+        return router.overridden(x.reshape(-1, x.shape[-1]), output, context)
+
+
+def _decoder_layer(decoder: nn.Module, router: StockRouter) -> tuple[nn.ModuleList, nn.Module]:
+    """The decoder layer that holds a router's block, and the list in which it stands."""
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList):
+            for layer in module:
+                if any(child is router.block for child in layer.modules()):
+                    return module, layer
+    raise UnsupportedOverride(f"{type(decoder).__name__} does not keep its layers in a list")
+
+
+def _takes_keywords(module: nn.Module) -> bool:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
