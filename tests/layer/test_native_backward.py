@@ -109,6 +109,20 @@ def test_more_rows_and_features_than_a_block_holds(dtype: torch.dtype) -> None:
     assert_equal_to_loop(weights, x_TD, index_TK, weight_TK)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_more_rows_than_a_batch_of_experts_holds(threads: int) -> None:
+    """On one thread at most 910 rows: batches of experts 0 and 1, of 2 alone, of 3 and 4."""
+    weights = make_weights(ACTIVATIONS["silu"], torch.float32, d=16, f=768)
+    x_TD, _, weight_TK = make_input(1000, torch.float32, 16)
+    index_TK = torch.tensor([[2, 1]] * 400 + [[2, N]] * 550 + [[3, 4]] * 50)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert_equal_to_loop(weights, x_TD, index_TK, weight_TK)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 @pytest.mark.parametrize("count", [3, 200])
 @pytest.mark.parametrize("transposed", [(True, True), (True, False), (False, True)], ids=["both", "up", "down"])

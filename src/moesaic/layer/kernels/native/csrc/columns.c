@@ -14,6 +14,7 @@
 
 enum {
     LDC = COLUMN_LANES * COLUMN_VECTORS,
+    WIDE = 2 * COLUMN_LANES, /* features that are finished together: in bfloat16 they are a line of the cache */
     TAIL = 6, /* most rows of a block that are left over from whole vectors and cost less as dot products */
     SLOT_SUMS = 0,
     SLOT_X = 1,
@@ -67,31 +68,33 @@ static inline long row_of(const moesaic_experts *in, long half, long feature) {
     return in->interleaved ? 2 * feature + half : half * in->width + feature;
 }
 
-/* Whole vectors of one block: bias, copy of the sums, activation, pairs of h. c holds 16 features of gate, of up, of h. */
-static void finish_vectors(const pass *p, const moesaic_segment *block, long first, long lanes, uint32_t *h, float *c) {
+/* Whole vectors of one block: bias, copy of the sums, activation, pairs of h. c holds `wide` features, WIDE at most, of gate,
+ * of up and of h. */
+static void finish_vectors(const pass *p, const moesaic_segment *block, long first, long wide, long lanes, uint32_t *h,
+                           float *c) {
     const moesaic_experts *in = p->in;
     long halves = in->gated ? 2 : 1, rows = least(block->end - block->start, lanes);
-    float *value = c + 2 * COLUMN_LANES * LDC;
+    float *value = c + 2 * WIDE * LDC;
     for (long half = 0; half < halves; half++) {
-        float *sums = c + half * COLUMN_LANES * LDC;
+        float *sums = c + half * WIDE * LDC;
         if (in->up_bias)
-            for (long o = 0; o < COLUMN_LANES; o++) {
+            for (long o = 0; o < wide; o++) {
                 float bias = one(p, in->up_bias, block->expert * in->up_bias_stride + row_of(in, half, first + o));
                 for (long i = 0; i < lanes; i++) sums[o * LDC + i] += bias;
             }
         uint16_t *saved = (uint16_t *)in->saved_up + block->start * halves * in->width;
         if (in->saved_up && !in->interleaved)
-            p->columns->save(sums, LDC, saved + row_of(in, half, first), halves * in->width, rows);
+            p->columns->save(sums, LDC, saved + row_of(in, half, first), halves * in->width, rows, wide);
         else if (in->saved_up)
             for (long r = 0; r < rows; r++)
-                for (long o = 0; o < COLUMN_LANES; o++)
+                for (long o = 0; o < wide; o++)
                     p->isa->narrow[MOESAIC_BF16](sums + o * LDC + r,
                                                  saved + r * halves * in->width + row_of(in, half, first + o), 1);
     }
-    for (long o = 0; o < COLUMN_LANES; o++)
+    for (long o = 0; o < wide; o++)
         p->isa->activate(in->activation, in->alpha, in->limit, c + o * LDC,
-                         in->gated ? c + (COLUMN_LANES + o) * LDC : NULL, value + o * LDC, lanes);
-    for (long o = 0; o < COLUMN_LANES; o += 2)
+                         in->gated ? c + (WIDE + o) * LDC : NULL, value + o * LDC, lanes);
+    for (long o = 0; o < wide; o += 2)
         p->columns->pair(value + o * LDC, value + (o + 1) * LDC, h + (first + o) / 2 * lanes, lanes);
 }
 
@@ -132,7 +135,7 @@ static void up_task(void *context, long task, int worker) {
     long lanes = (long)vectors * COLUMN_LANES, pairs = in->hidden / 2, tail = tail_of(block);
     long rows = block->end - block->start - tail;
     uint32_t *x = moesaic_scratch(SLOT_X, (pairs * lanes + 1) * (long)sizeof *x);
-    float *c = moesaic_scratch(SLOT_SUMS, 3 * COLUMN_LANES * LDC * (long)sizeof *c);
+    float *c = moesaic_scratch(SLOT_SUMS, 3 * WIDE * LDC * (long)sizeof *c);
     if (!x || !c) {
         p->failed = 1;
         return;
@@ -146,16 +149,19 @@ static void up_task(void *context, long task, int worker) {
     const char *up = (const char *)in->up + block->expert * in->up_expert_stride * 2;
     uint32_t *h = p->h + p->place[which];
     float left[2 * TAIL * COLUMN_LANES];
-    for (long first = f; first < f + n; first += COLUMN_LANES) {
-        for (long half = 0; half < (in->gated ? 2 : 1); half++) {
-            const char *w = up + row_of(in, half, first) * stride;
-            if (vectors) p->columns->product(w, step, x, vectors, pairs, c + half * COLUMN_LANES * LDC, LDC);
-            if (tail)
-                tail_product(p->isa, (const void *const *)row + rows, tail, w, step, in->hidden,
-                             left + half * TAIL * COLUMN_LANES);
+    for (long first = f, wide; first < f + n; first += wide) {
+        wide = least(f + n - first, WIDE);
+        for (long o = 0; vectors && o < wide; o += COLUMN_LANES)
+            for (long half = 0; half < (in->gated ? 2 : 1); half++)
+                p->columns->product(up + row_of(in, half, first + o) * stride, step, x, vectors, pairs,
+                                    c + (half * WIDE + o) * LDC, LDC);
+        if (vectors) finish_vectors(p, block, first, wide, lanes, h, c);
+        for (long o = 0; tail && o < wide; o += COLUMN_LANES) {
+            for (long half = 0; half < (in->gated ? 2 : 1); half++)
+                tail_product(p->isa, (const void *const *)row + rows, tail, up + row_of(in, half, first + o) * stride, step,
+                             in->hidden, left + half * TAIL * COLUMN_LANES);
+            finish_tail(p, block, first + o, tail, (uint16_t *)(h + in->width / 2 * lanes), left);
         }
-        if (vectors) finish_vectors(p, block, first, lanes, h, c);
-        if (tail) finish_tail(p, block, first, tail, (uint16_t *)(h + in->width / 2 * lanes), left);
     }
 }
 

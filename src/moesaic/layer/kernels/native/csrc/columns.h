@@ -19,8 +19,8 @@ typedef struct {
     void (*pair)(const float *a, const float *b, uint32_t *to, long n);
     /* y[r][o] += weight[r] * (c[o * ldc + r] + bias[o]) for o < 16 and r < rows. */
     void (*add)(const float *c, long ldc, const float *bias, const float *weight, float *const *y, long rows);
-    /* to[r * stride + o] = c[o * ldc + r] in bfloat16 for o < 16 and r < rows. */
-    void (*save)(const float *c, long ldc, uint16_t *to, long stride, long rows);
+    /* to[r * stride + o] = c[o * ldc + r] in bfloat16 for o < wide, which is 16 or 32, and r < rows. */
+    void (*save)(const float *c, long ldc, uint16_t *to, long stride, long rows, long wide);
 } moesaic_column_products;
 
 #endif

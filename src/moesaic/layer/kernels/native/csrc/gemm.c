@@ -59,17 +59,18 @@ static stretch place(const moesaic_operand *b, long panel, long each, long width
     return (stretch){first + panel / each * b->jump, least(columns - first, width)};
 }
 
-/* Packs A. Rows that run along k stay rows: the tiles read one value of each at a time. */
-static void pack_a(const format *f, const block *a, int along_k, long rows, long length, uint32_t *packed) {
-    long height = f->isa->outer_rows, units = f->pairs ? (length + 1) / 2 : length;
-    for (long r = 0; along_k && r < rows; r++) {
-        uint32_t *row = packed + r * PACKED_ROW;
-        row[units - 1] = 0;
-        memcpy(row, a->rows[r], (size_t)(length * f->size));
-    }
-    for (long first = 0; !along_k && first < rows; first += height)
-        f->isa->pack(f->pairs, 0, a->rows, first * f->size, length, least(rows - first, height), (int)height,
-                     packed + first * units);
+/* Packs the rows of A of one tile. Those that run along k stay rows: the tiles read one value of each at a time. */
+static void pack_tile(const format *f, const block *a, int along_k, long first, long count, long length, uint32_t *packed) {
+    long height = f->isa->outer_rows;
+    if (!along_k) f->isa->pack(f->pairs, 0, a->rows, first * f->size, length, count, (int)height, packed);
+    else f->isa->copy(a->rows + first, length * f->size, count, packed);
+}
+
+/* Asks for what the next tile of A is packed from. */
+static void fetch_tile(const format *f, const block *a, int along_k, long first, long count, long length) {
+    if (count <= 0) return;
+    if (along_k) fetch(a, 0, length * f->size, first, first + count);
+    else fetch(a, first * f->size, count * f->size, 0, length);
 }
 
 /* Sums of one panel into rows of the type that end within it. */
@@ -101,7 +102,6 @@ static float *product(int type, const moesaic_operand *a, long rows, const moesa
         long length = least(k - from, k_block), units = f.pairs ? (length + 1) / 2 : length;
         find(&f, a, 0, rows, from, length, &a_block);
         if (widens) widen(&f, &a_block, 0, a_block.reach, wide);
-        pack_a(&f, &a_block, a->along_k, rows, length, packed_a);
         long after = least(k - from - length, k_block), tile_of_a = height * (a->along_k ? PACKED_ROW : units);
         if (!b->along_k) find(&f, b, 0, columns, from + length, after, &later);
         for (long panel = 0; panel < panels; panel++) {
@@ -122,12 +122,16 @@ static float *product(int type, const moesaic_operand *a, long rows, const moesa
             char *to = out + now.first * size;
             moesaic_sums sums = {.ldc = *ldc, .add = from > 0, .stride = stride, .type = type};
             for (long tile = 0; tile < tiles; tile++) {
+                long top = tile * height, count = least(rows - top, height), below = top + height;
+                if (panel == 0) {
+                    pack_tile(&f, &a_block, a->along_k, top, count, length, packed_a + tile * tile_of_a);
+                    if (!widens) fetch_tile(&f, &a_block, a->along_k, below, least(rows - below, height), length);
+                }
                 fetch(last ? &later : &b_block, next.first * size, next.count * size, tile * fetched / tiles,
                       (tile + 1) * fetched / tiles);
-                sums.c = c + tile * height * *ldc + panel * width;
-                if (done && now.count == width) sums.out = to + tile * height * stride;
-                isa->outer[f.pairs][a->along_k](packed_a + tile * tile_of_a, packed_b,
-                                                (int)least(rows - tile * height, height), units, &sums);
+                sums.c = c + top * *ldc + panel * width;
+                if (done && now.count == width) sums.out = to + top * stride;
+                isa->outer[f.pairs][a->along_k](packed_a + tile * tile_of_a, packed_b, (int)count, units, &sums);
             }
             if (done && now.count < width) narrow_panel(&f, c + panel * width, *ldc, rows, now.count, to, stride);
         }

@@ -72,6 +72,9 @@ typedef struct {
     void (*pack)(int pairs, int along_k, const char *const *rows, long skip, long k, long count, int width,
                  uint32_t *packed);
 
+    /* Copies of `bytes` of each row, PACKED_ROW elements of 32 bits apart, filled up with zeros to a whole element. */
+    void (*copy)(const char *const *rows, long bytes, long count, uint32_t *packed);
+
     /* c[r][j] += sum over i < k of x[r][i] w[i * stride + j], for r < rows <= STREAM_MOST and j < n; rows of c are `ldc`
      * apart. Weights have the given type. */
     void (*stream[3])(const float *const *x, int rows, const void *w, long stride, long k, float *c, long ldc, long n);
