@@ -1,14 +1,14 @@
-"""Plots: what they show (`HeatMap`, `Bars`, `Lines`, `Radar`), drawn for a page (`svg`) or into files (`save`)."""
+"""Plots: what they show (`HeatMap`, `Bars`, `Lines`, `Radar`, `Panels`), drawn for a page (`svg`) or into files (`save`)."""
 
 from __future__ import annotations
 
 from markupsafe import Markup
 
-from moesaic.trace.plots.bars import bar_chart
+from moesaic.trace.plots.bars import bar_chart, panel_chart
 from moesaic.trace.plots.heatmap import heat_map
 from moesaic.trace.plots.lines import line_chart
 from moesaic.trace.plots.radar import radar_chart
-from moesaic.trace.plots.specs import Bars, HeatMap, Lines, Plot, Radar, Series
+from moesaic.trace.plots.specs import Bars, HeatMap, Lines, Panels, Plot, Radar, Series
 
 
 def svg(plot: Plot, label: str) -> Markup:
@@ -27,6 +27,8 @@ def svg(plot: Plot, label: str) -> Markup:
             return line_chart(plot, label)
         case Radar():
             return radar_chart(plot, label)
+        case Panels():
+            return panel_chart(plot, label)
 
 
-__all__ = ["Bars", "HeatMap", "Lines", "Plot", "Radar", "Series", "svg"]
+__all__ = ["Bars", "HeatMap", "Lines", "Panels", "Plot", "Radar", "Series", "svg"]

@@ -130,4 +130,25 @@ class Radar:
     width: float = 620.0
 
 
-Plot = HeatMap | Bars | Lines | Radar
+@dataclass(frozen=True)
+class Panels:
+    """Bars of several groups over the same columns, one panel a group, all to one scale.
+
+    Attributes:
+        groups: values from 0 by column, float (C,) each, by name of the group.
+        column_title: name of the horizontal axis.
+        value_title: name of the vertical axes.
+        names: C names.
+        reference: a value to draw a line at, and its name.
+        width: of the drawing, in its own units.
+    """
+
+    groups: Mapping[str, np.ndarray]
+    column_title: str
+    value_title: str
+    names: Sequence[str]
+    reference: tuple[float, str] | None = None
+    width: float = WIDTH
+
+
+Plot = HeatMap | Bars | Lines | Radar | Panels

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moesaic.trace.counts import LayerCounts
+from moesaic.trace.metrics import coactivation_table
 from moesaic.trace.plots import HeatMap
 from moesaic.trace.report.parts import Column, Figure, Section, Table, matrix
 from moesaic.trace.report.subject import Subject
@@ -24,19 +25,20 @@ def section(subject: Subject) -> Section | None:
 
 
 def _figures(subject: Subject, layer: LayerCounts) -> list[Figure]:
-    share_NN, independent = subject.together(layer)
-    order = np.argsort(-np.nan_to_num(share_NN), axis=None, kind="stable")[:PAIRS_SHOWN]
-    pairs = [(int(i), int(j)) for i, j in zip(*np.unravel_index(order, share_NN.shape), strict=True)]
-    shown = _strongest(share_NN)
-    names = [str(expert) for expert in shown]
-    part_NN = share_NN[np.ix_(shown, shown)]
-    cut = (
-        f" The {len(shown)} experts with the strongest pairs of {layer.num_experts:,} are shown."
-        if len(shown) < layer.num_experts
-        else ""
-    )
-    sums_N = np.nansum(share_NN, axis=1)[~np.isnan(share_NN).all(axis=1)]
-    check = f"{sums_N.min():.3f} to {sums_N.max():.3f}" if len(sums_N) else "nothing"
+    result = coactivation_table(subject.pairs.layer(layer.layer))
+    assert result.matrix_GM is not None, "it is one"
+    share_MM, independent = result.matrix_GM.numpy(), result.reference or 0.0
+    order = np.argsort(-np.nan_to_num(share_MM), axis=None, kind="stable")[:PAIRS_SHOWN]
+    pairs = [(int(i), int(j)) for i, j in zip(*np.unravel_index(order, share_MM.shape), strict=True)]
+    shown = _strongest(share_MM)
+    names = [str(expert) if expert < layer.num_experts else f"null {expert}" for expert in shown]
+    part_MM = share_MM[np.ix_(shown, shown)]
+    cut = ""
+    if len(shown) < layer.num_columns:
+        cut = f" The {len(shown)} experts with the strongest pairs of {layer.num_columns:,} are shown."
+    sums_M = result.table["row_sum"].numpy()
+    sums_M = sums_M[~np.isnan(sums_M)]
+    check = f"{sums_M.min():.3f} to {sums_M.max():.3f}" if len(sums_M) else "nothing"
     return [
         Figure(
             f"coactivation-layer-{layer.layer}",
@@ -45,9 +47,9 @@ def _figures(subject: Subject, layer: LayerCounts) -> list[Figure]:
             f"picks would give {independent:.2%} everywhere. A dark column is a popular expert; a dark cell on both sides "
             f"of the diagonal is a pair that works together. All cells of a row, shown or not, sum to the picks beside "
             f"one, K - 1 where every token has K: here {check}.{cut}",
-            matrix("Co-activation: share of the row expert's tokens", "expert", names, names, part_NN),
+            matrix("Co-activation: share of the row expert's tokens", "expert", names, names, part_MM),
             HeatMap(
-                part_NN,
+                part_MM,
                 "of the tokens of expert",
                 "this share also picked expert",
                 "share of the tokens",
@@ -65,9 +67,9 @@ def _figures(subject: Subject, layer: LayerCounts) -> list[Figure]:
                 "Strongest pairs of experts",
                 [Column("of the tokens of"), Column("also picked"), Column("share", ".1%"), Column("lift", ".2f")],
                 [
-                    [i, j, float(share_NN[i, j]), float(share_NN[i, j]) / independent if independent else None]
+                    [i, j, float(share_MM[i, j]), float(share_MM[i, j]) / independent if independent else None]
                     for i, j in pairs
-                    if share_NN[i, j] > 0
+                    if share_MM[i, j] > 0
                 ],
             ),
             layer=layer.layer,
@@ -75,7 +77,7 @@ def _figures(subject: Subject, layer: LayerCounts) -> list[Figure]:
     ]
 
 
-def _strongest(share_NN: np.ndarray) -> list[int]:
+def _strongest(share_MM: np.ndarray) -> list[int]:
     """The experts with the largest maxima, in the order of their numbers."""
-    best_N = np.nan_to_num(share_NN).max(axis=1, initial=0.0)
+    best_N = np.nan_to_num(share_MM).max(axis=1, initial=0.0)
     return sorted(np.argsort(-best_N, kind="stable")[:EXPERTS_SHOWN].tolist())

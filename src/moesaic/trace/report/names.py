@@ -14,11 +14,15 @@ class TokenNames:
 
     Args:
         tokenizer: of transformers; without one, ids are shown.
+
+    Attributes:
+        special: ids of padding, begin and end of text and the like.
     """
 
     def __init__(self, tokenizer: Any = None) -> None:
         self._tokenizer = tokenizer
         self._texts: dict[int, str] = {}
+        self.special: frozenset[int] = frozenset(getattr(tokenizer, "all_special_ids", ()))
 
     def text(self, token_id: int) -> str:
         """As it stands in the text."""

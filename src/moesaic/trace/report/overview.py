@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from moesaic.layer import max_violation
 from moesaic.trace.accounting import Accounting, short
+from moesaic.trace.metrics import load_balance
 from moesaic.trace.report.parts import Column, Figure, Section, Table, Tile
 from moesaic.trace.report.subject import Subject
 
@@ -18,14 +18,15 @@ def tiles(subject: Subject) -> list[Tile]:
             Tile(short(accounting.active), f"active for a token ({share:.0f} %)"),
             Tile(short(accounting.flops_per_token()), f"FLOPs for a token at {accounting.context_length:,} positions"),
         ]
-    unused = sum(int((layer.load_N == 0).sum()) for layer in subject.layers)
-    worst = max(subject.layers, key=lambda layer: float(max_violation(layer.load_N)))
+    balance = [load_balance(layer, replicates=0) for layer in subject.layers]
+    unused = sum(int(result.values["unused"]) for result in balance)
+    worst = max(balance, key=lambda result: result.value)
     experts = sum(layer.num_experts for layer in subject.layers)
     found += [
         Tile(f"{len(subject.layers)} × {subject.num_experts:,}", "MoE layers × experts"),
         Tile(f"{subject.num_tokens:,}", f"tokens of {subject.num_documents:,} texts, padding left out"),
-        Tile(f"{unused:,}", f"of {experts:,} experts never ran"),
-        Tile(f"{float(max_violation(worst.load_N)):.2f}", f"largest MaxVio, in layer {worst.layer}"),
+        Tile(f"{unused:,}", f"of {experts:,} experts never picked"),
+        Tile(f"{worst.value:.2f}", f"largest MaxVio, in layer {worst.layer}"),
     ]
     picks = sum(int(layer.chosen_M[: layer.num_experts].sum()) for layer in subject.layers)
     dropped = sum(layer.dropped for layer in subject.layers)

@@ -15,7 +15,19 @@ from markupsafe import Markup
 from moesaic.files import write_text
 from moesaic.trace.accounting import Accounting
 from moesaic.trace.plots import svg
-from moesaic.trace.report import coactivation, explorer, load, overview, routers, tokens
+from moesaic.trace.report import (
+    coactivation,
+    compare,
+    drops,
+    explorer,
+    load,
+    nulls,
+    overview,
+    routers,
+    saturation,
+    specialisation,
+    tokens,
+)
 from moesaic.trace.report.names import TokenNames
 from moesaic.trace.report.parts import Figure, Section, Tile
 from moesaic.trace.report.subject import Named, Subject
@@ -109,8 +121,13 @@ def make_report(
         explored,
         load.load_section(subject),
         load.balance_section(subject),
+        specialisation.section(subject),
         tokens.section(subject),
         coactivation.section(subject),
+        saturation.section(subject),
+        drops.section(subject),
+        nulls.section(subject),
+        compare.section(subject),
         routers.section(subject),
     ]
     return Report(subject, overview.tiles(subject), [section for section in found if section is not None], texts)

@@ -12,13 +12,16 @@ from moesaic.errors import ConfigError
 from moesaic.trace.accounting import Accounting
 from moesaic.trace.counting import count
 from moesaic.trace.counts import LayerCounts, RoutingCounts
-from moesaic.trace.metrics import TokenShare
 from moesaic.trace.report.names import TokenNames
 from moesaic.trace.router_statistics import RouterStatistics
 from moesaic.trace.rows import RoutingLog
 
 DETAILED_EXPERTS = 1_536
 FEWEST, MOST = 4, 32
+TABLES = frozenset({"token", "next", "position", "domain", "turn", "drops"})
+BAND_CELLS = 1 << 20
+FEWEST_BLOCKS = 16
+"""With fewer blocks of documents, which large models leave no room for, a band says nothing."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Subject:
         checkpoints: traces of earlier states of the model on the same text, earliest first.
         other: a trace of another model on the same text.
         top: tokens listed for each expert.
-        minimum: occurrences from which on a token or a group counts.
+        minimum: picks from which on a token counts as specific to an expert, and uses of an id.
+        min_uses: uses from which on the deviation of a token id is taken.
     """
 
     log: RoutingLog
@@ -63,15 +67,20 @@ class Subject:
     other: Named | None = None
     top: int = 8
     minimum: int = 5
+    min_uses: int = 32
 
     @cached_property
     def counts(self) -> RoutingCounts:
-        """Everything that metrics are functions of.
+        """Everything that metrics are functions of, special tokens left out.
 
         Raises:
             ConfigError: if the trace holds no tokens.
         """
-        counts = count(self.log, tables={"token", "position", "domain", "turn", "drops"})
+        layers = self.log.header.layers.values()
+        columns = max(sum(facts.num_columns for facts in layers) * len(self.log.header.domains), 1)
+        blocks = min(BAND_CELLS // columns, 64)
+        tables = TABLES | ({"block"} if blocks >= FEWEST_BLOCKS else set())
+        counts = count(self.log, tables=tables, exclude=self.names.special, blocks=max(blocks, 1))
         if not counts.layers or not max(layer.tokens for layer in counts.layers.values()):
             raise ConfigError("trace", 0, "holds no tokens", "run the model inside the record block")
         return counts
@@ -114,35 +123,17 @@ class Subject:
     @property
     def has_tokens(self) -> bool:
         """Whether token ids are known."""
-        return bool(len(self.layers[0].group("token").label_G)) and int(self.layers[0].group("token").label_G[-1]) >= 0
+        ids_G = self.layers[0].group("token").label_G
+        return len(ids_G) > 0 and int(ids_G.max()) >= 0
+
+    @property
+    def has_domains(self) -> bool:
+        """Whether there is more than one domain."""
+        return len(self.layers[0].group("domain")) > 1
 
     @cached_property
-    def _pairs(self) -> RoutingCounts:
-        return count(self.log, layers=[layer.layer for layer in self.detailed], tables={"pairs"})
-
-    def together(self, layer: LayerCounts) -> tuple[np.ndarray, float]:
-        """Share of each expert's tokens that also picked another, NaN for unused ones; and that of independent picks."""
-        pairs_MM = self._pairs.layer(layer.layer).pairs_MM
-        assert pairs_MM is not None, "they were counted"
-        pairs_NN = pairs_MM[: layer.num_experts, : layer.num_experts].double().numpy()
-        load_N = pairs_NN.diagonal().copy()
-        with np.errstate(invalid="ignore"):
-            share_NN = pairs_NN / load_N[:, None]
-        np.fill_diagonal(share_NN, np.where(load_N > 0, 0.0, np.nan))
-        beside = np.nansum(share_NN.sum(1) * load_N) / max(load_N.sum(), 1)
-        return share_NN, beside / max(layer.num_experts - 1, 1)
-
-    def top_tokens(self, layer: LayerCounts) -> tuple[list[list[TokenShare]], list[list[TokenShare]]]:
-        """Tokens that each expert prefers, and tokens that it sees most, best first."""
-        group, load = layer.group("token"), layer.chosen_M.tolist()
-        by_lift: list[list[TokenShare]] = [[] for _ in load]
-        by_count: list[list[TokenShare]] = [[] for _ in load]
-        tokens, ids = group.tokens_G.tolist(), group.label_G.tolist()
-        pairs = zip(group.group_P.tolist(), group.column_P.tolist(), group.chosen_P.tolist(), strict=True)
-        for number, column, picks in pairs:
-            item = TokenShare(ids[number], picks, picks / load[column] / (tokens[number] / layer.tokens))
-            by_count[column].append(item)
-            if picks >= self.minimum:
-                by_lift[column].append(item)
-        specific = [sorted(found, key=lambda item: (-item.lift, -item.count))[: self.top] for found in by_lift]
-        return specific, [sorted(found, key=lambda item: -item.count)[: self.top] for found in by_count]
+    def pairs(self) -> RoutingCounts:
+        """Which experts were chosen together, in the layers shown in detail."""
+        return count(
+            self.log, layers=[layer.layer for layer in self.detailed], tables={"pairs"}, exclude=self.names.special
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moesaic.trace.counts import LayerCounts
-from moesaic.trace.metrics import TokenShare
+from moesaic.trace.metrics import TokenShare, token_clusters
 from moesaic.trace.report.parts import Chip, Column, Figure, Section, Table
 from moesaic.trace.report.subject import Subject
 
@@ -20,7 +20,8 @@ def section(subject: Subject) -> Section:
 
 
 def _figure(subject: Subject, layer: LayerCounts) -> Figure:
-    specific, frequent = subject.top_tokens(layer)
+    specific = token_clusters(layer, by="lift", top=subject.top, minimum=subject.minimum)
+    frequent = token_clusters(layer, by="count", top=subject.top)
     load = layer.chosen_M.tolist()
     total = max(sum(load), 1)
     rows = [
