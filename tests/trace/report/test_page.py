@@ -80,7 +80,7 @@ def test_tables_hold_the_numbers_of_the_metrics(page: Page, html: str, trace: Ro
     for row, layer in zip(balance, trace.layers.values(), strict=True):
         expected = [f"{routing_entropy(layer.load_N):.4f}", f"{max_violation(layer.load_N):.4f}"]
         assert row[:3] == [str(layer.layer), *expected]
-        assert row[3] == str(int((layer.load_N == 0).sum()))
+        assert row[6] == str(int((layer.load_N == 0).sum()))
     tables = embedded(html, "numbers")["tables"]
     for index, layer in trace.layers.items():
         together = coactivation(layer.index_TK, NUM_EXPERTS)

@@ -48,7 +48,9 @@ def panel_chart(plot: Panels, label: str) -> Markup:
         parts.append(marks.text(marks.LEFT, bottom - _PANEL - 6, name, "start", "axis"))
         if plot.reference is not None:
             words = plot.reference[1] if not number else ""
-            parts += marks.reference_line((plot.reference[0], words), bottom - plot.reference[0] * scale, marks.LEFT, right)
+            parts += marks.reference_line(
+                (plot.reference[0], words), bottom - plot.reference[0] * scale, marks.LEFT, right
+            )
     parts += marks.ticks(plot.names, slot, 30.0, lambda at: (marks.LEFT + at, bottom + 16), "middle")
     parts.append(marks.text((marks.LEFT + plot.width) / 2, bottom + 34, plot.column_title, "middle", "axis"))
     parts.append(marks.vertical(14, (marks.TOP + bottom) / 2, plot.value_title))

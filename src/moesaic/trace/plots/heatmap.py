@@ -18,7 +18,8 @@ def heat_map(plot: HeatMap, label: str) -> Markup:
     """The plot; every cell is one pixel of a picture, so that 100,000 cells are one node."""
     rows, columns = plot.values_RC.shape
     left = max(marks.LEFT, 30.0 + 6.5 * max(map(len, plot.row_names)))
-    width = min((plot.width - left - 8) / columns, 40.0)
+    longest = 6.6 * max(map(len, plot.column_names)) + 10
+    width = min((plot.width - left - 8) / columns, max(40.0, longest))
     height = max(min(width, 26.0) if rows > 1 else 26.0, min(18.0, marks.FULL_HEIGHT / rows))
     right, bottom = left + width * columns, marks.TOP + height * rows
     picture = data_uri(levels(plot), palette(plot))
@@ -28,7 +29,7 @@ def heat_map(plot: HeatMap, label: str) -> Markup:
         _gaps(left, width, height, rows, columns),
         f'<rect x="{left:g}" y="{marks.TOP:g}" width="{width * columns:.2f}" height="{height * rows:.2f}" class="frame"/>',
     ]
-    parts += marks.ticks(plot.column_names, width, 30.0, lambda at: (left + at, bottom + 16), "middle")
+    parts += marks.ticks(plot.column_names, width, max(30.0, longest), lambda at: (left + at, bottom + 16), "middle")
     parts += marks.ticks(plot.row_names, height, 14.0, lambda at: (left - 8, marks.TOP + at + 4), "end")
     parts.append(marks.text(max((left + right) / 2, left + 40), bottom + 34, plot.column_title, "middle", "axis"))
     parts.append(marks.vertical(14, (marks.TOP + bottom) / 2, plot.row_title))

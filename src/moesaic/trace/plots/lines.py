@@ -30,7 +30,10 @@ def line_chart(plot: Lines, label: str) -> Markup:
         parts += _line(series, number, to_x(series.x_P), bottom, scale)
     if plot.reference is not None:
         parts += marks.reference_line(plot.reference, bottom - plot.reference[0] * scale, marks.LEFT, right)
-    parts += [marks.text(float(to_x(np.array([x]))[0]), bottom + 16, f"{x:,g}", "middle") for x in x_ticks]
+    starts_at_0 = plot.log_x and any((series.x_P < 1).any() for series in plot.series)
+    for x in x_ticks:
+        words = "0" if starts_at_0 and x == 1 else f"{x:,g}"
+        parts.append(marks.text(float(to_x(np.array([x]))[0]), bottom + 16, words, "middle"))
     parts.append(marks.text((marks.LEFT + right) / 2, bottom + 34, plot.x_title, "middle", "axis"))
     parts.append(marks.vertical(14, (top + bottom) / 2, plot.y_title))
     parts += _legend(plot)

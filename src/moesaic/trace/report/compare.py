@@ -55,7 +55,8 @@ def section(subject: Subject) -> Section | None:
 
 def _same_shape(one: TraceHeader, other: TraceHeader) -> bool:
     shapes = [
-        {index: (facts.num_experts, facts.num_null) for index, facts in header.layers.items()} for header in (one, other)
+        {index: (facts.num_experts, facts.num_null) for index, facts in header.layers.items()}
+        for header in (one, other)
     ]
     return shapes[0] == shapes[1]
 
@@ -72,8 +73,15 @@ def _balance_figure(subject: Subject, other: Named, theirs: RoutingCounts) -> Fi
             explained_L = np.array([result.value for result in known if result is not None])
             series.append(Series(f"explained by token id, {name}", at_L, explained_L))
         rows += [
-            [name, layer.layer, result.values["entropy"], result.value, result.values["gini"], int(result.values["unused"])]
-            + [None if information is None else information.value]
+            [
+                name,
+                layer.layer,
+                result.values["entropy"],
+                result.value,
+                result.values["gini"],
+                int(result.values["unused"]),
+                None if information is None else information.value,
+            ]
             for layer, result, information in zip(layers, results, known, strict=True)
         ]
     columns = [Column("model", text=True), Column("layer")]

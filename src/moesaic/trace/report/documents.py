@@ -11,7 +11,7 @@ import torch
 from moesaic.trace.header import LayerFacts
 from moesaic.trace.rows import RoutingLog, Rows
 
-BUDGET = 1_600_000
+BUDGET = 1_200_000
 """Bytes of all texts together in the page, before they are written as text, which takes a third more."""
 LONGEST = 512
 MOST = 48

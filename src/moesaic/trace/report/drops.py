@@ -26,7 +26,9 @@ def section(subject: Subject) -> Section | None:
     shown = {layer.layer for layer in subject.detailed}
     for layer in limited:
         if layer.layer in shown:
-            figures += [_by_place(subject, layer, by) for by in ("place", "position") if by == "place" or _packed(layer)]
+            figures += [
+                _by_place(subject, layer, by) for by in ("place", "position") if by == "place" or _packed(layer)
+            ]
             if "turn" in layer.drops:
                 figures.append(_by_turn(layer))
     return Section(
@@ -74,8 +76,18 @@ def _by_domain(subject: Subject, layers: list[LayerCounts]) -> Figure:
         "Drops by domain",
         "A domain that the router saw little of in training is often sent to few experts, which overflow. All: over every "
         "domain, with its 95 % band over documents drawn anew.",
-        Table("Share of the picks that were dropped, by domain", [Column("layer"), *(Column(name, ".2%") for name in heads)], rows),
-        Bars(np.array([result.value for result in found]), "layer", "share of the picks", [str(x.layer) for x in layers], height=130)
+        Table(
+            "Share of the picks that were dropped, by domain",
+            [Column("layer"), *(Column(name, ".2%") for name in heads)],
+            rows,
+        ),
+        Bars(
+            np.array([result.value for result in found]),
+            "layer",
+            "share of the picks",
+            [str(x.layer) for x in layers],
+            height=130,
+        )
         if len(domains) < 2
         else HeatMap(values_LD, "layer", "domain", "share of the picks", [str(x.layer) for x in layers], shown),
     )
@@ -88,7 +100,9 @@ def _by_place(subject: Subject, layer: LayerCounts, by: Any) -> Figure:
         Series(
             names[domain] or "all",
             *(
-                np.array([math.nan if row[name] is None else float(row[name]) for row in rows if row["domain"] == domain])
+                np.array(
+                    [math.nan if row[name] is None else float(row[name]) for row in rows if row["domain"] == domain]
+                )
                 for name in ("label", "value", "low", "high")
             ),
         )

@@ -12,7 +12,8 @@ from markupsafe import Markup
 
 from moesaic.trace.plots import Plot
 
-SHOWN_CELLS = 4_000
+SHOWN_CELLS = 2_400
+SHOWN_ROWS = 128
 SHOWN_COLUMNS = 66
 DIGITS = 6
 HALF = 520.0
@@ -77,7 +78,7 @@ class Table:
     @property
     def shown(self) -> Sequence[Sequence[Cell]]:
         """Rows on the page, without the columns that are left out."""
-        count = max(SHOWN_CELLS // max(len(self.shown_columns), 1), 12)
+        count = min(max(SHOWN_CELLS // max(len(self.shown_columns), 1), 12), SHOWN_ROWS)
         return [row[:SHOWN_COLUMNS] for row in self.rows[:count]]
 
     @property

@@ -144,7 +144,7 @@ def _change_figure(subject: Subject) -> Figure:
     return Figure(
         "routing-change",
         "Where token ids go, against the end",
-        "Jensen-Shannon distance between an id's distribution over experts now and in the end, in bits, mean over ids by "
+        "Jensen-Shannon divergence between an id's distribution over experts now and in the end, in bits, mean over ids by "
         "their uses and over layers: 0 is the final distribution, 1 shares no expert with it. It falls early where routing by "
         "token id is learned early (OpenMoE's early routing learning). The table also has the balance of each checkpoint.",
         Table("Distance to the last state, and balance, by checkpoint", columns, rows),

@@ -133,7 +133,12 @@ def _vocabulary_figure(subject: Subject) -> Figure:
         Series("next token", layers_L, np.array([after.value for _, after in found])),
         Series("random routing", layers_L, np.array([own.reference or math.nan for own, _ in found])),
     ]
-    columns = [Column("layer"), *(Column(item.name, ".4f") for item in series), Column("by occurrences", ".4f"), Column("ids")]
+    columns = [
+        Column("layer"),
+        *(Column(item.name, ".4f") for item in series),
+        Column("by occurrences", ".4f"),
+        Column("ids"),
+    ]
     rows = [
         [layer.layer, own.value, after.value, own.reference, own.values["by_occurrences"], int(own.values["ids"])]
         for layer, (own, after) in zip(subject.layers, found, strict=True)
@@ -173,6 +178,7 @@ def _ids_figure(subject: Subject, layer: LayerCounts, result: MetricResult) -> F
             [
                 Series("s", rank_G, np.array([row["value"] or math.nan for row in rows])),
                 Series("noise floor", rank_G, np.array([row["floor"] or math.nan for row in rows])),
+                Series("s_rel", rank_G, np.array([row["relative"] or math.nan for row in rows])),
             ],
             "rank of the token id",
             "s",
@@ -190,14 +196,15 @@ def _positions_figure(layer: LayerCounts, result: MetricResult) -> Figure:
     return Figure(
         f"position-deviation-layer-{layer.layer}",
         "Positions in the document",
-        "s of the tokens at each position beside its noise floor, which rises where few documents are so long. The first "
-        "positions often stand out, since they hold the same tokens everywhere; a line on the floor means that position "
-        "decides nothing. Grey: the tokens that a value rests on.",
+        "s of the tokens at each position beside its noise floor, which rises where few documents are so long, and s_rel, "
+        "which leaves out what is only uneven load. The first positions often stand out, since they hold the same tokens "
+        "everywhere; a line on the floor means that position decides nothing. Grey: the tokens that a value rests on.",
         Table("Routing deviation by position", columns, [[row[name] for name in names] for row in rows[:SHOWN_IDS]]),
         Lines(
             [
                 Series("s", at_G, np.array([row["value"] or math.nan for row in rows])),
                 Series("noise floor", at_G, np.array([row["floor"] or math.nan for row in rows])),
+                Series("s_rel", at_G, np.array([row["relative"] or math.nan for row in rows])),
             ],
             "position in the document",
             "s",
@@ -213,7 +220,11 @@ def _domain_figures(subject: Subject, layer: LayerCounts) -> list[Figure]:
     share_GM = result.matrix_GM.numpy()
     shown = sorted(np.argsort(-share_GM.max(axis=0), kind="stable")[:SHOWN_EXPERTS].tolist())
     names = [str(column) if column < layer.num_experts else f"null {column}" for column in shown]
-    cut = f" The {len(shown)} experts with the highest bars of {layer.num_columns:,} are shown." if len(shown) < layer.num_columns else ""
+    cut = (
+        f" The {len(shown)} experts with the highest bars of {layer.num_columns:,} are shown."
+        if len(shown) < layer.num_columns
+        else ""
+    )
     groups = {name or "(none)": share_GM[row, shown] for row, name in enumerate(result.names)}
     line = (result.reference or 0.0, f"even: K / E = {result.reference:.3g}")
     columns = [Column("expert", "d"), *(Column(name, ".4f") for name in groups)]
