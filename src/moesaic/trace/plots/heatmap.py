@@ -21,6 +21,8 @@ def heat_map(plot: HeatMap, label: str) -> Markup:
     longest = 6.6 * max(map(len, plot.column_names)) + 10
     width = min((plot.width - left - 8) / columns, max(40.0, longest))
     height = max(min(width, 26.0) if rows > 1 else 26.0, min(18.0, marks.FULL_HEIGHT / rows))
+    if rows != columns:  # a square matrix has square cells
+        height = min(height, max(marks.FULL_HEIGHT / rows, 8.0))
     right, bottom = left + width * columns, marks.TOP + height * rows
     picture = data_uri(levels(plot), palette(plot))
     parts = [

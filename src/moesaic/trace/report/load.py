@@ -45,7 +45,7 @@ def load_section(subject: Subject) -> Section:
         ),
         *(_layer_figure(layer) for layer in subject.detailed),
     ]
-    return Section("load", "Expert load", figures=figures, notes=subject.detail_note)
+    return Section("load", "Expert load", figures=figures, notes=[*subject.special_note, *subject.detail_note])
 
 
 def relative_loads(layers: list[LayerCounts], experts: int) -> np.ndarray:

@@ -125,10 +125,7 @@ def _change_figure(subject: Subject) -> Figure:
     rows, change_C = [], []
     for checkpoint in subject.checkpoints:
         counts = count(checkpoint.log, tables={"token"}, exclude=subject.counts.excluded)
-        moved = [
-            distribution_change(counts.layer(layer.layer), layer, min_count=subject.minimum).value
-            for layer in subject.layers
-        ]
+        moved = [distribution_change(counts.layer(layer.layer), layer).value for layer in subject.layers]
         balance = [load_balance(layer) for layer in counts.layers.values()]
         change_C.append(float(np.nanmean(moved)))
         entropy = float(np.nanmean([result.values["entropy"] for result in balance]))

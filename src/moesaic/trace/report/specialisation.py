@@ -37,7 +37,7 @@ def section(subject: Subject) -> Section:
     order = {layer.layer: index for index, layer in enumerate(subject.layers)}
     for layer in subject.detailed:
         index = order[layer.layer]
-        if subject.has_tokens:
+        if subject.has_tokens and deviations["token"][index].values["groups"]:
             figures.append(_ids_figure(subject, layer, deviations["token"][index]))
         figures.append(_positions_figure(layer, deviations["position"][index]))
         if subject.has_domains:
@@ -123,14 +123,14 @@ def _vocabulary_figure(subject: Subject) -> Figure:
     found = [
         (
             vocabulary_specialisation(layer, min_count=subject.minimum),
-            vocabulary_specialisation(layer, ids="next", min_count=subject.minimum, chance=False),
+            _next(layer, subject.minimum),
         )
         for layer in subject.layers
     ]
     layers_L = np.array([layer.layer for layer in subject.layers], dtype=float)
     series = [
         Series("token itself", layers_L, np.array([own.value for own, _ in found])),
-        Series("next token", layers_L, np.array([after.value for _, after in found])),
+        Series("next token", layers_L, np.array([after for _, after in found])),
         Series("random routing", layers_L, np.array([own.reference or math.nan for own, _ in found])),
     ]
     columns = [
@@ -140,7 +140,7 @@ def _vocabulary_figure(subject: Subject) -> Figure:
         Column("ids"),
     ]
     rows = [
-        [layer.layer, own.value, after.value, own.reference, own.values["by_occurrences"], int(own.values["ids"])]
+        [layer.layer, own.value, after, own.reference, own.values["by_occurrences"], int(own.values["ids"])]
         for layer, (own, after) in zip(subject.layers, found, strict=True)
     ]
     return Figure(
@@ -153,6 +153,13 @@ def _vocabulary_figure(subject: Subject) -> Figure:
         Table("Vocabulary specialisation of the first choice by layer", columns, rows),
         Lines(series, "layer", "share of the uses", maximum=1.0),
     )
+
+
+def _next(layer: LayerCounts, minimum: int) -> float:
+    """NaN where no token has a next one."""
+    if "next" not in layer.groups:
+        return math.nan
+    return vocabulary_specialisation(layer, ids="next", min_count=minimum, chance=False).value
 
 
 def _ids_figure(subject: Subject, layer: LayerCounts, result: MetricResult) -> Figure:

@@ -118,7 +118,16 @@ class Subject:
         shown, total = len(self.detailed), len(self.layers)
         if shown == total:
             return []
-        return [f"To keep the page light, {shown} of {total} MoE layers are shown here, spread evenly."]
+        return [
+            f"Figures of single layers are there for {shown} of {total} MoE layers, spread evenly, to keep the page light."
+        ]
+
+    @property
+    def special_note(self) -> list[str]:
+        """Says that special tokens are left out, if so."""
+        if not self.counts.excluded:
+            return []
+        return ["Special tokens (begin and end of text, padding) are left out of everything but the token explorer."]
 
     @property
     def has_tokens(self) -> bool:
