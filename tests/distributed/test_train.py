@@ -59,6 +59,19 @@ def test_losses_equal_one_process(corpus: Path, tmp_path: Path, world: int, para
         assert found == pytest.approx(expected, abs=1e-5)
 
 
+def test_denoised_rows_are_those_of_one_process(corpus: Path, tmp_path: Path) -> None:
+    """UL2, then causal language modelling: rows with and without padding lie on both ranks."""
+    stages = [{"objective": {"type": "ul2"}, "until": 0.5}, {"objective": {"type": "causal_lm"}}]
+    objective = {"type": "stages", "stages": stages}
+    tokenizer = {"type": "train_bpe", "vocab_size": 290, "sentinels": 4}
+    values = tiny_run(data_config(corpus, tokenizer=tokenizer, objective=objective), steps=4, eval_every=None).to_dict()
+    alone = trained(RunConfig.from_dict(values), tmp_path / "alone", corpus / "cache")
+    run = RunConfig.from_dict({**values, "parallel": {"ep": 2}})
+    together = run_ranks(2, trained, run, tmp_path / "together", corpus / "cache")
+    for found, expected in zip(numbers(together[0].metrics_file), numbers(alone.metrics_file), strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
 def test_bfloat16_is_near_one_process(corpus: Path, tmp_path: Path) -> None:
     """Within a tenth of the step of bfloat16 at these losses; tests/distributed/test_precision.py looks closer."""
     settings: dict[str, Any] = {"precision": "bf16", "steps": 5, "eval_every": None}

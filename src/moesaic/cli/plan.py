@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from moesaic.cli.console import Json, Set, emit_json, errors, results
 from moesaic.cli.models import run_on_meta
+from moesaic.data.objective.config import ul2_of
 from moesaic.dist.plan import (
     Cluster,
     Plan,
@@ -114,6 +115,7 @@ def _spec(model: PreTrainedModel) -> MoESpec | None:
 
 def _workload(run: RunConfig) -> Workload:
     inputs = ["position_ids"] if run.data.isolate_documents else []
+    inputs += ["attention_mask"] if ul2_of(run.data.objective) else []
     labels = {"modality": "modality_ids", "task": "task_ids"}
     inputs += [labels[run.data.domains_are]] if run.data.domains_are in labels else []
     return Workload(

@@ -23,6 +23,18 @@ from moesaic.data.config import (
 from moesaic.data.documents import Document
 from moesaic.data.loader import OrderedBatches, TokenBatches
 from moesaic.data.mixture import MixedBatches
+from moesaic.data.objective import (
+    UL2,
+    CausalLM,
+    MixedObjective,
+    ObjectiveConfig,
+    ObjectivePart,
+    PrefixLM,
+    SpanCorruption,
+    Stage,
+    StagedObjective,
+)
+from moesaic.data.objective.build import TrainingObjective
 from moesaic.data.packing import IGNORED_LABEL, Batch, PackedSequences
 from moesaic.data.prepare import PreparedData, prepare_data
 from moesaic.data.sources import read_documents
@@ -32,26 +44,36 @@ from moesaic.data.tokenizer import load_tokenizer, train_tokenizer
 
 __all__ = [
     "IGNORED_LABEL",
+    "UL2",
     "Amount",
     "Batch",
+    "CausalLM",
     "DataConfig",
     "DataSummary",
     "DatasetsSource",
     "Document",
     "JsonlSource",
     "MixedBatches",
+    "MixedObjective",
     "MixtureStretch",
+    "ObjectiveConfig",
+    "ObjectivePart",
     "OrderedBatches",
     "PackedSequences",
+    "PrefixLM",
     "PreparedData",
     "PretrainedTokenizer",
     "PythonSource",
     "Source",
+    "SpanCorruption",
+    "Stage",
+    "StagedObjective",
     "TextBatches",
     "TextSource",
     "TokenBatches",
     "TokenizerConfig",
     "TrainBPE",
+    "TrainingObjective",
     "load_tokenizer",
     "prepare_data",
     "read_documents",

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from moesaic.configuration import Config
+from moesaic.data.objective.check import check_lengths, check_sentinels
+from moesaic.data.objective.config import MODES, CausalLM, ObjectiveConfig, ul2_of
 from moesaic.errors import ConfigError
 
 PythonDomain = Literal["prose", "code", "tables", "documentation", "chat", "numbers"]
@@ -109,11 +111,28 @@ class TrainBPE(Config):
         vocab_size: tokens in the vocabulary, counting 256 bytes and 2 special tokens. A small corpus may yield fewer:
             size the model by `len(tokenizer)`.
         max_bytes: learn merges from the first this many bytes of training text.
+        sentinels: also give it this many sentinels, `<extra_id_0>` and so on, and the mode tokens `[NLU]`, `[NLG]` and
+            `[S2S]`, for `objective: {type: ul2}`. They count in `vocab_size`; 0 gives none of either.
     """
 
     type: Literal["train_bpe"] = "train_bpe"
     vocab_size: int = Field(default=4096, ge=258)
     max_bytes: PositiveInt = 256 * 2**20
+    sentinels: NonNegativeInt = 0
+
+    @property
+    def extra_tokens(self) -> tuple[str, ...]:
+        """Names of the tokens beside text and its end."""
+        return (*MODES, *(f"<extra_id_{number}>" for number in range(self.sentinels))) if self.sentinels else ()
+
+    @model_validator(mode="after")
+    def _room(self) -> TrainBPE:
+        least = 258 + len(self.extra_tokens)
+        if self.vocab_size < least:
+            raise ConfigError(
+                "vocab_size", self.vocab_size, f"has no room for {self.sentinels} sentinels", f"use {least} or more"
+            )
+        return self
 
 
 class PretrainedTokenizer(Config):
@@ -157,6 +176,8 @@ class DataConfig(Config):
         mixture: of which domains training sequences come, in stretches one after the other; each domain is then cut into
             sequences by itself. None takes all text, a domain as often as it has text. Validation has all domains in
             any case.
+        objective: what training sequences ask for: the next token, or what denoisers hid (UL2), mixed or one after the
+            other; docs/openmoe.md. Validation is always causal language modelling.
         domains_are: tell the model the domain of each token as its "modality", or that of each sequence as its "task", for
             routers and losses that look at them. Domains are numbered in the order in which they are read. With "task"
             each domain is cut into training sequences by itself, so that none holds two; None tells the model nothing.
@@ -171,6 +192,7 @@ class DataConfig(Config):
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)
     seed: NonNegativeInt = 0
     mixture: tuple[MixtureStretch, ...] | None = Field(default=None, min_length=1)
+    objective: ObjectiveConfig = CausalLM()
     domains_are: Literal["modality", "task"] | None = None
     isolate_documents: bool = False
 
@@ -187,4 +209,15 @@ class DataConfig(Config):
                 raise ConfigError(
                     f"mixture.{number}.until", end, "does not end after the stretch before it", "write rising numbers"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> DataConfig:
+        check_lengths(self.objective, self.sequence_length)
+        if isinstance(self.tokenizer, TrainBPE):
+            check_sentinels(self.objective, self.sequence_length, self.tokenizer.sentinels)
+        if self.isolate_documents and ul2_of(self.objective):
+            raise ConfigError(
+                "isolate_documents", True, "does not go with denoising, whose texts span documents", "set it to false"
+            )
         return self

@@ -18,11 +18,12 @@ IGNORED_LABEL = -100
 
 
 class Batch(TypedDict):
-    """Tensors of shape (B, T), int64; `task_ids` (B,). The first five are model inputs.
+    """Tensors of shape (B, T), int64; `task_ids` (B,). All but the last two are model inputs.
 
     Attributes:
         input_ids: token ids.
         labels: the same ids; the model shifts them. -100 where nothing is to be predicted.
+        attention_mask: 1 for tokens and 0 for padding; present only where an objective leaves places empty.
         position_ids: position in the document; present only with `isolate_documents`.
         modality_ids: the domain, as the model's modality; present only with `domains_are: modality`.
         task_ids: the domain of the sequence, as its task; present only with `domains_are: task`.
@@ -32,6 +33,7 @@ class Batch(TypedDict):
 
     input_ids: Tensor
     labels: Tensor
+    attention_mask: NotRequired[Tensor]
     position_ids: NotRequired[Tensor]
     modality_ids: NotRequired[Tensor]
     task_ids: NotRequired[Tensor]

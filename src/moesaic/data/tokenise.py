@@ -53,7 +53,9 @@ def _tokenizer(config: DataConfig, bar: Progress) -> PreTrainedTokenizerBase:
     # Merges learnt from held-out text would make its loss look better than it is.
     training = (document for document in documents if not is_validation(document, config.validation_fraction))
     training = capped(training, max_bytes=config.tokenizer.max_bytes)
-    return train_tokenizer((document.text for document in training), config.tokenizer.vocab_size)
+    return train_tokenizer(
+        (document.text for document in training), config.tokenizer.vocab_size, config.tokenizer.extra_tokens
+    )
 
 
 def _write(

@@ -17,19 +17,20 @@ EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, extra_tokens: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """Train byte-level BPE: every text round-trips exactly, and equal texts give an equal tokenizer.
 
     Args:
         texts: read once, in bounded memory (the counts of distinct words are kept).
-        vocab_size: upper bound, counting 256 bytes and the two special tokens.
+        vocab_size: upper bound, counting 256 bytes, the two special tokens and the extra ones.
+        extra_tokens: names of further special tokens, which no text becomes.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[EOS_TOKEN, PAD_TOKEN],
+        special_tokens=[EOS_TOKEN, PAD_TOKEN, *extra_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -38,6 +39,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         tokenizer_object=tokenizer,
         eos_token=EOS_TOKEN,
         pad_token=PAD_TOKEN,
+        **({"extra_special_tokens": list(extra_tokens)} if extra_tokens else {}),
         padding_side="left",  # what batched generation needs; packed training sequences are never padded by it
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moesaic.data import PreparedData, prepare_data
+from moesaic.data import Batch, PreparedData, prepare_data
 from moesaic.dist.process import LostPeer, Meeting, Process, naming_lost_peers, process_group, share_cores
 from moesaic.errors import DataError, TrainingError
 from moesaic.files import write_text
@@ -23,7 +23,7 @@ from moesaic.layer import post_step
 from moesaic.train.checkpoint import RUN_FILE, CheckpointStore, check_same_run, load_optimizer_state, load_state
 from moesaic.train.evaluate import Evaluation, evaluate
 from moesaic.train.metrics import MetricsFile, MetricsSink, StepMetrics, TensorBoardSink, evaluation_record
-from moesaic.train.model import check_architecture, select_device
+from moesaic.train.model import check_architecture, objective_of, select_device
 from moesaic.train.objective import Objective, language_model_objective, model_inputs, predicted_tokens
 from moesaic.train.optimizer import build_optimizer, set_learning_rate
 from moesaic.train.progress import NoProgress, ProgressDisplay, describe_evaluation, progress_display
@@ -165,6 +165,7 @@ class Trainer:
         self.optimizer = build_optimizer(model, run.train, model.device)
         process = self.ranks.process
         self.batches = data.train_batches(shard_index=process.rank, num_shards=process.world)
+        self.objective = objective_of(run, data.tokenizer)
         self.stop = StopSignals(_REPEAT_SECONDS if process.distributed else 0.0)
         self.step = self.tokens = 0
         self._saved_step: int | None = None
@@ -177,6 +178,8 @@ class Trainer:
             if self._saved_step != self.step and self.step in self.config.checkpoint_steps:
                 self.save()
             while self.step < self.config.steps and self._stopped_by() is None:
+                if (begins := self.objective.begins(self.step, self.config.steps)) is not None:
+                    display.note(f"after step {self.step}: objective {begins}")
                 metrics = self.train_step()
                 _write(sinks, metrics.record())
                 display.step(metrics)
@@ -214,7 +217,7 @@ class Trainer:
         """
         started = time.perf_counter()
         seed_step(self.config.seed, self.step, self.ranks.process.rank)
-        batches = [next(self.batches) for _ in range(self.config.accumulation_steps)]
+        batches = [self._next_batch(micro_batch) for micro_batch in range(self.config.accumulation_steps)]
         num_items = self.ranks.count(predicted_tokens(batches))
         if num_items == 0:
             raise DataError(f"the batch of step {self.step + 1} has no token to predict; use longer sequences")
@@ -254,6 +257,16 @@ class Trainer:
             tokens_per_second=tokens / (time.perf_counter() - started),
             **load_metrics(loads),
             ranks=self.ranks.metrics(reduced, loads),
+        )
+
+    def _next_batch(self, micro_batch: int) -> Batch:
+        packed = next(self.batches)
+        return self.objective.batch(
+            packed,
+            step=self.step,
+            steps=self.config.steps,
+            micro_batch=micro_batch,
+            first_row=self.ranks.process.rank * len(packed["input_ids"]),
         )
 
     def evaluate(self) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from moesaic.data import DataConfig, TrainBPE
+from moesaic.data import DataConfig, TrainBPE, TrainingObjective
+from moesaic.data.objective.check import check_stages
 from moesaic.errors import ConfigError
 from moesaic.hf import MoesaicForCausalLM, build, read_backbone
 from moesaic.hf.families import family_of
@@ -48,9 +49,10 @@ def check_architecture(run: RunConfig) -> None:
 
     Raises:
         ConfigError: if a field of `backbone` or `moe` is invalid, the layers look at what `data.domains_are` does not
-            give, or `initial_model` does not exist.
+            give, a stage of the objective is beyond the run, or `initial_model` does not exist.
         UnsupportedModel: if the backbone can't take MoE layers.
     """
+    check_stages(run.data.objective, run.train.steps)
     if run.initial_model is not None:
         check_local_path(run.initial_model)
     elif run.backbone is not None:
@@ -122,7 +124,7 @@ def check_initial_model(model: PreTrainedModel, run: RunConfig, tokenizer: PreTr
     Raises:
         ConfigError: if its vocabulary is smaller than the tokenizer's, or its layers look at what the data does not give.
     """
-    _check_vocabulary(model.config.get_text_config(), tokenizer)
+    _check_vocabulary(model.config.get_text_config(), run, tokenizer)
     if isinstance(model, MoesaicForCausalLM):
         check_labels(model.config.spec, run.data)
 
@@ -133,14 +135,14 @@ def backbone_config(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTr
     backbone = run.backbone
     if isinstance(backbone, Mapping):
         fitted = {
-            "vocab_size": len(tokenizer),
+            "vocab_size": objective_of(run, tokenizer).vocabulary,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
         backbone = {**fitted, **backbone}
     config = read_backbone(backbone)
-    _check_vocabulary(config, tokenizer)
+    _check_vocabulary(config, run, tokenizer)
     return config
 
 
@@ -155,7 +157,24 @@ def prepare_for_training(model: PreTrainedModel, config: TrainConfig, device: to
     model.train()
 
 
-def _check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def objective_of(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TrainingObjective:
+    """What the batches of a run ask for.
+
+    Raises:
+        ConfigError: if the tokenizer has no ids for what the objective needs.
+    """
+    return TrainingObjective(run.data.objective, tokenizer, run.data.sequence_length, run.data.seed)
+
+
+def _check_vocabulary(config: PreTrainedConfig, run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    needed = objective_of(run, tokenizer).vocabulary
+    if config.vocab_size < needed and needed > len(tokenizer):
+        raise ConfigError(
+            "backbone.vocab_size",
+            config.vocab_size,
+            f"is smaller than the {needed} ids of text and data.objective",
+            "leave it out, or move reserved_from of the objective",
+        )
     if config.vocab_size < len(tokenizer):
         raise ConfigError(
             "backbone.vocab_size",

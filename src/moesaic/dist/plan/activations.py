@@ -54,7 +54,7 @@ class MicroBatch:
         bf16: under bfloat16 autocast.
         gradient_checkpointing: layers are recomputed in the backward pass.
         columns: processes over which the columns of the token embedding are dealt out; 1 for a whole one.
-        inputs: further integer inputs that the model is given, by name: "position_ids" and "modality_ids" (B, S),
+        inputs: further integer inputs of the model, by name: "position_ids", "modality_ids" and "attention_mask" (B, S),
             "task_ids" (B,).
     """
 
