@@ -186,6 +186,21 @@ class ModelRecord(Config):
             raise ConfigError("unbuildable", self.unbuildable, problem, "say why it can't be built, or add a preset")
         return self
 
+    @property
+    def picks(self) -> str:
+        """Routed picks of routed experts, null and shared experts: "8 of 256 + 1"."""
+        shape = self.shape
+        counts = sorted(set(shape.experts_per_layer))
+        number = str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+        nulls = f" + {shape.num_null} null" if shape.num_null else ""
+        shared = f" + {shape.num_shared}" if shape.num_shared else ""
+        return f"{'all' if shape.top_k is None else shape.top_k} of {number}{nulls}{shared}"
+
+    @property
+    def built(self) -> str:
+        """Whether it can be built: "yes", "nearly" with deviations, or "no"."""
+        return "no" if not self.buildable else "nearly" if self.deviations else "yes"
+
     def size(self) -> Size:
         """Parameters recomputed from the shape.
 

@@ -104,21 +104,6 @@ class _Row:
         }
 
 
-def picks(record: ModelRecord) -> str:
-    """Routed picks of routed experts, and the shared ones: "8 of 256 + 1"."""
-    shape = record.shape
-    counts = sorted(set(shape.experts_per_layer))
-    number = "-".join(map(str, counts)) if len(counts) <= 2 else f"{counts[0]}-{counts[-1]}"
-    nulls = f" + {shape.num_null} null" if shape.num_null else ""
-    shared = f" + {shape.num_shared}" if shape.num_shared else ""
-    return f"{'all' if shape.top_k is None else shape.top_k} of {number}{nulls}{shared}"
-
-
-def built(record: ModelRecord) -> str:
-    """Whether it can be built: "yes", "nearly" with deviations, or "no"."""
-    return "no" if not record.buildable else "nearly" if record.deviations else "yes"
-
-
 def _print(rows: list[_Row]) -> None:
     table = Table("name", "year", box=SIMPLE_HEAD)
     for name in ("total", "active", "layers", "experts"):
@@ -133,9 +118,9 @@ def _print(rows: list[_Row]) -> None:
             _size(row.total, row.printed_total),
             _size(row.active, row.printed_active),
             str(record.shape.layers),
-            picks(record),
+            record.picks,
             record.router.kind,
-            built(record),
+            record.built,
         )
     results.print(table)
     results.print(f"{len(rows)} models. `moesaic catalog show NAME` says in what `nearly` differs, and why `no`.")

@@ -25,7 +25,6 @@ from moesaic.catalog import (
 from moesaic.catalog.counting import bits
 from moesaic.catalog.load import did_you_mean
 from moesaic.cli.catalog.mechanisms import facts
-from moesaic.cli.catalog.models import picks
 from moesaic.cli.console import Json, emit_json, results
 from moesaic.errors import ConfigError
 from moesaic.trace.accounting import short
@@ -89,7 +88,7 @@ def _print_model(record: ModelRecord, dtype: str, context_length: int) -> None:
     table.add_row("layers", f"{encoder}{shape.layers}, of which {len(shape.moe_layers)} are MoE")
     table.add_row("hidden width", f"{shape.hidden:,}")
     table.add_row("attention", _attention(record))
-    table.add_row("experts", f"{picks(record)}, width {_number(shape.expert_width)}")
+    table.add_row("experts", f"{record.picks}, width {_number(shape.expert_width)}")
     if shape.shared_width:
         table.add_row("shared width", f"{shape.shared_width:,}")
     if shape.dense_width and len(shape.moe_layers) < shape.layers:
