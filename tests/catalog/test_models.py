@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
+from tests.catalog.built import on_meta
 from torch import nn
 
 from moesaic.catalog import ParameterCount, preset, presets
@@ -22,13 +21,6 @@ STOCK = [
 ]
 # Families whose stock head adds a balance loss with the coefficient of the release's config.
 STOCK_BALANCE = [name for name in STOCK if name.startswith(("mixtral", "qwen", "flexolmo"))]
-
-
-@functools.cache
-def on_meta(name: str) -> MoesaicForCausalLM:
-    found = preset(name)
-    with torch.device("meta"):
-        return build(found.backbone, found.moe)
 
 
 def size(*modules: nn.Module | None) -> int:
