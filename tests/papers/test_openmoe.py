@@ -12,7 +12,7 @@ from tests.papers.tiny import EXPERIMENT as TINY
 
 from moesaic.papers import EXPERIMENTS, Reproduction, arms_of, reproduce, write_page
 from moesaic.papers.openmoe import in_weakest_layer
-from moesaic.papers.openmoe_measure import ChangedLog, in_domain, permuted, trace_windows, uniform
+from moesaic.papers.openmoe_measure import ChangedLog, in_domain, permuted, repeated, trace_windows, uniform
 from moesaic.trace import RoutingLog
 from moesaic.train import load_model
 
@@ -112,6 +112,12 @@ def test_uniform_picks_differ_and_are_even(log: RoutingLog):
     picks = torch.cat([rows.choice_TK for rows in ChangedLog(log, uniform).rows()])
     assert (picks[:, 0] != picks[:, 1]).all()
     assert picks.flatten().bincount(minlength=4) / len(picks) == pytest.approx(0.5, abs=0.1)
+
+
+def test_repetition_is_the_share_of_the_commonest_ids():
+    ids_BT = torch.tensor([[7, 7, 7, 1, 2, 1, 3, 4], [5, 5, 5, 5, 5, 5, 5, 5]])
+    assert repeated(ids_BT, 2) == pytest.approx((5 / 8 + 1) / 2 * 100)
+    assert repeated(ids_BT) == pytest.approx((7 / 8 + 1) / 2 * 100)
 
 
 def test_the_weakest_layer_decides():

@@ -59,6 +59,7 @@ def measure(trained: Trained) -> dict[str, Measurement]:
     _specialisation(found, "", counts)
     _published(found, counts, counts_of_all(counts, other))
     _drops(found, trained.run, log, other)
+    found.values |= {f"repeated.{domain}": repeated(ids_BT) for domain, ids_BT in windows.items()}
     if len(trained.checkpoints) > 1:
         _development(found, trained, inside, log, counts)
     found.average()
@@ -81,6 +82,15 @@ def held_out_windows(trained: Trained) -> dict[str, Tensor]:
             chosen = np.unique(np.linspace(0, whole - 1, min(WINDOWS, whole)).round().astype(int))
             windows[domain] = sequences.batch(chosen)["input_ids"]
     return windows
+
+
+def repeated(ids_BT: Tensor, ids: int = 4) -> float:
+    """Share of a sequence's tokens, in percent, that are one of its so many most frequent ids; mean over sequences.
+
+    What routes by token id sends these tokens to the same few experts.
+    """
+    shares = [row_T.bincount().sort(descending=True).values[:ids].sum() / len(row_T) for row_T in ids_BT]
+    return round(100 * float(torch.stack(shares).mean()), 6)
 
 
 @torch.no_grad()

@@ -99,8 +99,10 @@ def _drops(found: Reproduction) -> str:
         for group in groups:
             quarters = [spread(values(found, f"{prefix}{group}.q{quarter}"), 1) for quarter in range(1, QUARTERS + 1)]
             mean = spread(values(found, f"{prefix}{group}"), 1)
-            rows.append((kind, titles.get(group, group.removeprefix("drop.")), *quarters, mean))
-    return _table(("capacity factor", "text", "1st quarter", "2nd", "3rd", "4th", "all"), rows)
+            text = group.removeprefix("drop.")
+            repeated = spread(values(found, f"repeated.{text}")[:1], 0)
+            rows.append((kind, titles.get(group, text), *quarters, mean, repeated))
+    return _table(("capacity factor", "text", "1st quarter", "2nd", "3rd", "4th", "all", "four commonest ids"), rows)
 
 
 def _remedies(found: Reproduction) -> str:
@@ -265,7 +267,8 @@ SECTIONS = (
         "Dropped picks in percent, by quarter of the sequence; means over layers. Nothing was dropped in training: capacities "
         "are applied afterwards to what routers selected, to each sequence by itself. Two controls: the same picks with the "
         "tokens of each sequence in random order, where late tokens can only lose by coming late; and random picks, the floor "
-        "of balanced routing.",
+        "of balanced routing. *Four commonest ids* is the share of a sequence's tokens that have one of its four most frequent "
+        "ids, in percent: routers that go by token id send them to the same experts.",
         _drops,
         _draw_drops,
         caption="Dropped picks by place in the sequence and kind of text",
