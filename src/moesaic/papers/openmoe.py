@@ -185,17 +185,24 @@ CLAIMS = (
     ),
     Claim(
         "Balance within each sequence lowers the drops of chat",
-        "drops of chat in percent: 0.6 times base - per_sequence",
-        lambda seed: 0.6 * seed["base"]["drop.chat"] - seed["per_sequence"]["drop.chat"],
+        "drops of chat in percent: base - per_sequence",
+        lower("per_sequence", "base", "drop.chat"),
         ("base", "per_sequence"),
         "DeepSeek-V3, section 2.1.2",
     ),
     Claim(
-        "and those of the text that is trained on",
+        "by two fifths at least",
+        "drops of chat in percent: 0.6 times base - per_sequence",
+        lambda seed: 0.6 * seed["base"]["drop.chat"] - seed["per_sequence"]["drop.chat"],
+        ("base", "per_sequence"),
+        "our bar",
+    ),
+    Claim(
+        "and those of the text that is trained on by as much",
         "drops in percent, in-domain: 0.6 times base - per_sequence",
         lambda seed: 0.6 * seed["base"]["drop.in_domain"] - seed["per_sequence"]["drop.in_domain"],
         ("base", "per_sequence"),
-        "DeepSeek-V3, section 2.1.2",
+        "our bar",
     ),
     Claim(
         "at no cost",
@@ -234,6 +241,18 @@ EXPERIMENT = Experiment(
     },
     claims=CLAIMS,
     notes=(
+        "In size `cpu`, experts do choose by token id and not by position, as the paper says. Most of that is there before "
+        "training: an untrained router sees the embedding, so equal ids look alike to it. Training raises it, most in the "
+        "upper layer.",
+        "Routers settle while the learning rate falls, long after the warm-up; at its end they agree little more with the last "
+        "model than the untrained ones do.",
+        "Late tokens are dropped far more often, but no more than if the same tokens came in random order: capacity filled in "
+        "order does it, wherever experts are unevenly loaded within a sequence. Random picks, which are even, drop nothing at a "
+        "factor of 2.",
+        "Text that is new to the model is dropped more where it repeats itself (numbers), and not where it does not (chat). "
+        "Chat early in training does not lower the drops of chat, rather the opposite, and chat late does no worse; the loss "
+        "on chat is lowest where chat came last.",
+        "The balance loss within each sequence does lower drops, of all kinds of text, at about the same loss.",
         "`loss` is over all kinds of text; no arm trains on numbers, and only the chat arms on chat. Documentation holds the "
         "docstrings that chat gives as answers, so chat is new in form more than in content.",
         "Code, documentation and chat that come from one file are held out together. Routing is looked at on 96 whole held-out "
@@ -243,10 +262,10 @@ EXPERIMENT = Experiment(
         "paper averages: with K = 2 and two layers the weight of 0.01 is the same in both.",
         "The capacity is that of OpenMoE's PyTorch code, floor(K cf T / E), made even, but of each sequence by itself: with one "
         "for the batch, its last sequences would lose instead of its last positions.",
-        "How far an untrained router already goes by token id depends on the initial weights: here a token's embedding is about "
-        "as large as what attention adds to it before the first router.",
+        "How far an untrained router already goes by token id depends on the initial weights: with a standard deviation of 0.02 "
+        "everywhere, the untrained layers add little to the embedding that they get.",
         "Under first come, first served the order of filling moves drops, not their number: totals of the two orders are equal.",
-        "Not reproduced at this size: that routing settles within the warm-up. The paper's first checkpoint is after 200B tokens.",
+        "That routing settles within the warm-up could not be seen by the paper, whose first checkpoint is after 200B tokens.",
     ),
     panel=_panel,
     sections=SECTIONS,

@@ -18,6 +18,7 @@ from moesaic.papers.page import command_of, render_index, render_page
 from moesaic.papers.plot import draw, draw_section
 from moesaic.papers.registry import EXPERIMENTS
 from moesaic.papers.reproduce import Reproduction
+from moesaic.papers.result import ArmResult
 
 
 def write_page(found: Reproduction, folder: str | Path) -> Path:
@@ -80,10 +81,7 @@ def content(found: Reproduction, machine: str) -> dict[str, Any]:
             "command": command_of(found),
             "machine": machine,
             "arms": {
-                str(seed): {
-                    arm: {name: value for name, value in asdict(result).items() if name not in ("arm", "seed", "run")}
-                    for arm, result in arms.items()
-                }
+                str(seed): {arm: _result(result, lists=arm == found.experiment.control) for arm, result in arms.items()}
                 for seed, arms in sorted(found.results.items())
             },
             "claims": [
@@ -99,6 +97,12 @@ def content(found: Reproduction, machine: str) -> dict[str, Any]:
             ],
         }
     )
+
+
+def _result(result: ArmResult, *, lists: bool) -> dict[str, Any]:
+    """Without what stands elsewhere; `lists` keeps the lists of numbers behind sections."""
+    left_out = {"arm", "seed", "run"} | (set() if lists and result.series else {"series"})
+    return {name: value for name, value in asdict(result).items() if name not in left_out}
 
 
 def _indented(value: Any) -> str:
