@@ -5,12 +5,13 @@ import struct
 import xml.etree.ElementTree as ET
 import zlib
 from base64 import b64decode
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from moesaic.trace.plots import Bars, HeatMap, Lines, Plot, Radar, Series, svg
+from moesaic.trace.plots import Bars, HeatMap, Lines, Panels, Plot, Radar, Series, save, svg
 from moesaic.trace.plots.colours import DIVERGING, NOT_USED, SEQUENTIAL, ramp
 from moesaic.trace.plots.image import png
 
@@ -148,3 +149,38 @@ def test_nothing_is_drawn_without_an_error():
     empty = np.zeros(0)
     for plot in (heat_map(np.zeros((1, 1))), Bars(empty, "c", "v", []), Lines([], "x", "y"), Radar({}, [], "share")):
         draw(plot)
+
+
+def test_panels_have_a_strip_for_each_group():
+    values = {"code": np.array([1.0, 2.0]), "prose": np.array([0.0, 4.0])}
+    element = draw(Panels(values, "expert", "share", ["0", "1"], reference=(1.0, "even")))
+    strips = [str(path.get("d")) for path in element.iter("path") if path.get("class") == "bar"]
+    heights = [[float(tall) for tall in re.findall(r"v-?([\d.]+)h", strip)] for strip in strips]
+    assert heights[0][1] * 2 == pytest.approx(heights[1][1])  # one scale for all
+    assert {"code", "prose", "even"} <= {text.text for text in element.iter("text")}
+
+
+PLOTS = {
+    "heat": heat_map([[0.0, 1.0], [2.0, float("nan")]], scale="ratio"),
+    "bars": Bars(np.array([1.0, 2.0]), "c", "v", ["0", "1"], reference=(1.0, "even")),
+    "panels": Panels({"a": np.array([1.0]), "b": np.array([2.0])}, "c", "v", ["0"]),
+    "lines": Lines(
+        [Series("a", np.arange(3.0), np.ones(3), np.zeros(3), np.full(3, 2.0))],
+        "x",
+        "y",
+        log_x=True,
+        reference=(1.0, "chance"),
+        behind=Series("texts", np.arange(3.0), np.arange(3.0)),
+    ),
+    "radar": Radar({"a": np.array([1.0, 2.0, 1.0])}, ["0", "1", "2"], "share", reference=(1.0, "even")),
+}
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_every_kind_is_written_as_a_file_twice_the_same(name: str, tmp_path: Path):
+    (path,) = save(PLOTS[name], "a title", tmp_path, name, ("svg",))
+    before = path.read_bytes()
+    assert b"a title" in before
+    save(PLOTS[name], "a title", tmp_path, name, ("svg",))
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [f"{name}.svg"]

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic.cli.console import Json, Set, emit_json, results
 from moesaic.cli.models import load, model_folder, run_on_meta, tokenizer_of
 from moesaic.cli.texts import Texts, batches_of, sequence_length_for
-from moesaic.errors import ConfigError
+from moesaic.cli.traces import Recorder, checkpoint_logs, is_trace, opened, prompt_batches, read_batches
+from moesaic.data import load_tokenizer
+from moesaic.errors import ConfigError, UnsupportedModel
+from moesaic.files import write_text
 from moesaic.hf import MoesaicForCausalLM, convert
 from moesaic.layer.balance import max_violation
-from moesaic.trace import StatisticsTables, account, router_statistics, trace_batches, watch_state, write_report
+from moesaic.trace import Accounting, RoutingLog, StatisticsTables, account, check_model, router_statistics, watch_state
+from moesaic.trace.report import Named, Report, make_report
 from moesaic.train import RunConfig
 
 
 def command(
-    model: Annotated[Path, typer.Argument(help="Folder of a model or of a training run, or the YAML file of a run.")],
+    model: Annotated[
+        Path | None, typer.Argument(help="Folder of a model or of a training run, or the YAML file of a run.")
+    ] = None,
     texts: Texts = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Text to read, as it stands; may be given several times.")
+    ] = None,
     report: Annotated[
         Path | None, typer.Option("--report", "-r", help="HTML file to write: the routing of text.")
     ] = None,
+    checkpoints: Annotated[
+        list[Path] | None,
+        typer.Option(help="Earlier checkpoints, or a folder of them: how early was the routing learned?"),
+    ] = None,
+    compare: Annotated[Path | None, typer.Option(help="Another model, or a trace of the same text.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Folder of a trace to report on instead of reading text.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder for every plot as PNG and SVG.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Trace about this many tokens of each domain.")] = 20_000,
     context_length: Annotated[int, typer.Option(min=1, help="Context for FLOPs per token.")] = 2048,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer, if it is not the model's.")] = None,
@@ -32,48 +50,184 @@ def command(
 ) -> None:
     """Print parameters (total and active), FLOPs per token and the layer plan; with text, draw the routing.
 
-    With --text or --report, the model reads text (of its own run if none is given) and a self-contained HTML page
-    shows expert load, balance, the tokens that experts prefer and which experts are picked together; a table says how
-    many experts a token ran, by its frequency, what was null or dropped, where, and what a router's state decided.
+    With --text, --prompt or --report, the model reads text (of its own run if none is given) and a self-contained HTML page
+    shows each token with its experts, expert load, balance, what experts specialise in, drops and null experts. MoE models
+    of transformers are read as they are.
 
-    Example: moesaic inspect runs/demo/moe --report routing.html
+    Example: moesaic inspect runs/demo/moe --prompt "def main():" --report routing.html
     """
-    if model.suffix in (".yaml", ".yml"):
-        if texts or report:
-            raise ConfigError("model", str(model), "has no weights to read text with", "give the folder of a model")
+    wanted = bool(texts or prompts or report or checkpoints or compare or trace or figures)
+    _check(model, texts, prompts, report, trace, figures, overrides, wanted)
+    if model is not None and model.suffix in (".yaml", ".yml"):
         accounting = account(run_on_meta(RunConfig.from_yaml(model, overrides or [])), context_length=context_length)
         emit_json(accounting.to_dict()) if json else results.print(accounting)
         return
-    if overrides:
+    network, folder, accounting = None, None, None
+    if model is not None:
+        network, folder = load(model)
+        accounting = _account(network, context_length, needed=not wanted)
+    if accounting is not None and not json:
+        results.print(accounting)
+    summary: dict[str, Any] = {} if accounting is None else accounting.to_dict()
+    if wanted:
+        names = _tokenizer(folder, network, tokenizer)
+        made = _report(
+            model, network, folder, names, accounting, texts, prompts, checkpoints, compare, trace, max_tokens, json
+        )
+        path = report or Path("routing.html")
+        write_text(path, made.to_html())
+        drawn = made.save_figures(figures) if figures is not None else []
+        summary["routing"] = _summary(made, path, figures)
+        if not json:
+            if made.subject.statistics:
+                results.print(StatisticsTables(list(made.subject.statistics)))
+            if drawn:
+                results.print(f"{len(drawn)} files: {figures and figures.resolve()}")
+            results.print(f"Routing of {made.subject.num_tokens:,} tokens: {path.resolve()}")
+    if json:
+        emit_json(summary)
+
+
+def _check(
+    model: Path | None,
+    texts: list[str] | None,
+    prompts: list[str] | None,
+    report: Path | None,
+    trace: Path | None,
+    figures: Path | None,
+    overrides: list[str] | None,
+    wanted: bool,
+) -> None:
+    if model is None and trace is None:
+        raise ConfigError("model", None, "is not given", "give the folder of a model, or --trace FOLDER")
+    run = model is not None and model.suffix in (".yaml", ".yml")
+    if run and wanted:
+        raise ConfigError("model", str(model), "has no weights to read text with", "give the folder of a model")
+    if overrides and not run:
         raise ConfigError("--set", overrides[0], "changes nothing in a saved model", "inspect the YAML file of a run")
     if report is not None and report.is_dir():
         raise ConfigError("--report", str(report), "is a folder", "give the path of the HTML file to write")
-    network, folder = load(model)
-    if not isinstance(network, MoesaicForCausalLM) and getattr(network.config, "num_experts_per_tok", None):
-        network = convert(network)
-    accounting = account(network, context_length=context_length)
-    summary = accounting.to_dict()
-    if not json:
-        results.print(accounting)
-    if texts or report:
-        report = report or Path("routing.html")
-        names = tokenizer_of(folder, network, tokenizer)
+    if figures is not None and figures.is_file():
+        raise ConfigError("--figures", str(figures), "is a file", "give the path of a folder")
+    if trace is not None and (texts or prompts):
+        given = "--text" if texts else "--prompt"
+        raise ConfigError(given, (texts or prompts or [""])[0], "is not read: a trace has its own text", "leave it out")
+
+
+def _account(network: PreTrainedModel, context_length: int, *, needed: bool) -> Accounting | None:
+    """Size and cost; MoE models of transformers are counted as ours. None for those that can't be counted, unless needed."""
+    try:
+        ours = isinstance(network, MoesaicForCausalLM) or not getattr(network.config, "num_experts_per_tok", None)
+        return account(network if ours else convert(network), context_length=context_length)
+    except UnsupportedModel:
+        if needed:
+            raise
+        return None
+
+
+def _tokenizer(
+    folder: Path | None, network: PreTrainedModel | None, given: Path | None
+) -> PreTrainedTokenizerBase | None:
+    if network is not None and folder is not None:
+        return tokenizer_of(folder, network, given)
+    return None if given is None else load_tokenizer(given)
+
+
+def _report(
+    model: Path | None,
+    network: PreTrainedModel | None,
+    folder: Path | None,
+    names: PreTrainedTokenizerBase | None,
+    accounting: Accounting | None,
+    texts: list[str] | None,
+    prompts: list[str] | None,
+    checkpoints: list[Path] | None,
+    compare: Path | None,
+    trace: Path | None,
+    max_tokens: int,
+    quiet: bool,
+) -> Report:
+    facts = {} if model is None else {"model": str(model_folder(model))}
+    statistics, recorder = [], None
+    log: RoutingLog
+    if trace is not None:
+        log = opened(trace, names)
+        if network is not None:
+            check_model(log, network)
+        facts["trace"] = str(trace)
+        if names is not None:
+            recorder = Recorder({}, names, quiet)
+    else:
+        assert network is not None, "it was asked for"
+        assert folder is not None, "it comes with the model"
+        assert names is not None, "it comes with the model"
+        recorder = Recorder(_batches(network, folder, names, texts, prompts, max_tokens), names, quiet)
+        with watch_state(network) as influence:
+            log = found = recorder.record(network, str(model))
+        if isinstance(network, MoesaicForCausalLM):
+            statistics = router_statistics(network, found, influence)
+        facts["text"] = (
+            ", ".join([*(texts or []), *(["--prompt"] if prompts else [])]) or "held out by the training run"
+        )
+    return make_report(
+        log,
+        accounting,
+        title=str(model or trace),
+        tokenizer=names,
+        facts=facts,
+        statistics=statistics,
+        checkpoints=_earlier(recorder, checkpoints, log, folder, trace),
+        other=_other(recorder, compare, trace),
+    )
+
+
+def _batches(
+    network: PreTrainedModel,
+    folder: Path,
+    names: PreTrainedTokenizerBase,
+    texts: list[str] | None,
+    prompts: list[str] | None,
+    max_tokens: int,
+) -> dict[str, Any]:
+    """What models read, by domain: prompts, and texts or, where there is neither, the held-out text of the run."""
+    found = dict(prompt_batches(prompts or [], names, network))
+    if texts or not prompts:
         length = sequence_length_for(network)
-        found = batches_of(texts, names, folder, batch_size=8, sequence_length=length)
-        with found as batches, watch_state(network) as influence:
-            trace = trace_batches(network, batches, max_tokens=max_tokens)
-        statistics = router_statistics(network, trace, influence)
-        facts = {"model": str(model_folder(model)), "text": ", ".join(texts or ["held out by the training run"])}
-        write_report(report, trace, accounting, title=str(model), tokenizer=names, facts=facts, statistics=statistics)
-        violation = {layer: float(max_violation(found.load_N)) for layer, found in trace.layers.items()}
-        summary["routing"] = {
-            "tokens": trace.num_tokens,
-            "max_violation": violation,
-            "routers": [asdict(row) for row in statistics],
-            "report": str(report),
-        }
-        if not json:
-            results.print(StatisticsTables(statistics))
-            results.print(f"Routing of {trace.num_tokens:,} tokens: {report.resolve()}")
-    if json:
-        emit_json(summary)
+        with ExitStack() as stack:
+            given = stack.enter_context(batches_of(texts, names, folder, batch_size=8, sequence_length=length))
+            found |= read_batches(given, max_tokens)
+    return found
+
+
+def _earlier(
+    recorder: Recorder | None, checkpoints: list[Path] | None, log: RoutingLog, folder: Path | None, trace: Path | None
+) -> list[Named]:
+    if not checkpoints:
+        return []
+    return checkpoint_logs(_reading(recorder, "--checkpoints", checkpoints[0], trace), checkpoints, log, folder)
+
+
+def _other(recorder: Recorder | None, compare: Path | None, trace: Path | None) -> Named | None:
+    if compare is None:
+        return None
+    return Named(str(compare), _reading(recorder, "--compare", compare, trace).log_of(compare, "--compare"))
+
+
+def _reading(recorder: Recorder | None, option: str, path: Path, trace: Path | None) -> Recorder:
+    """What gives the trace of another model: from its files, if this one is from files."""
+    if trace is not None and not is_trace(path):
+        raise ConfigError(option, str(path), "is no trace, and there is no text for it to read", "give a trace")
+    return recorder if recorder is not None else Recorder({}, None, True)
+
+
+def _summary(made: Report, path: Path, figures: Path | None) -> dict[str, Any]:
+    numbers = made.to_dict()
+    return {
+        "tokens": made.subject.num_tokens,
+        "max_violation": {layer.layer: float(max_violation(layer.load_N)) for layer in made.subject.layers},
+        "routers": [asdict(row) for row in made.subject.statistics],
+        "report": str(path),
+        "figures": None if figures is None else str(figures),
+        "header": numbers["header"],
+        "tables": numbers["tables"],
+    }

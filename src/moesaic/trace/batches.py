@@ -20,16 +20,18 @@ def trace_batches(
     *,
     max_tokens: int,
     keep: Keep = "tokens",
+    tokenizer: Any = None,
 ) -> RoutingTrace:
     """Record the routing of about `max_tokens` tokens of each domain.
 
     Args:
-        network: a moesaic model.
+        network: a moesaic model, or any MoE model of transformers that `record` takes.
         batches: batches of the data room, with `input_ids` and `document_ids` (B, S), by domain.
         max_tokens: reading a domain stops with the batch that reaches this many.
         keep: as for `record`.
+        tokenizer: as for `record`.
     """
-    with record(network, keep=keep) as trace:
+    with record(network, keep=keep, tokenizer=tokenizer) as trace:
         for domain, found in batches.items():
             seen = 0
             with trace.domain(domain):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from markupsafe import Markup
 
 from moesaic.trace.plots.bars import bar_chart, panel_chart
+from moesaic.trace.plots.files import save
 from moesaic.trace.plots.heatmap import heat_map
 from moesaic.trace.plots.lines import line_chart
 from moesaic.trace.plots.radar import radar_chart
@@ -31,4 +32,4 @@ def svg(plot: Plot, label: str) -> Markup:
             return panel_chart(plot, label)
 
 
-__all__ = ["Bars", "HeatMap", "Lines", "Panels", "Plot", "Radar", "Series", "svg"]
+__all__ = ["Bars", "HeatMap", "Lines", "Panels", "Plot", "Radar", "Series", "save", "svg"]

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from moesaic.files import write_text
 from moesaic.trace.accounting import Accounting
-from moesaic.trace.plots import svg
+from moesaic.trace.plots import save, svg
 from moesaic.trace.report import (
     coactivation,
     compare,
@@ -69,6 +69,20 @@ class Report:
             "routers": [asdict(row) for row in subject.statistics],
             "tables": {figure.name: figure.table.to_dict() for figure in self.figures},
         }
+
+    def save_figures(self, folder: str | Path, formats: tuple[str, ...] = ("png", "svg")) -> list[Path]:
+        """Write every plot as `folder/<name of the figure>.<format>`.
+
+        Raises:
+            ConfigError: if matplotlib is not installed.
+            OSError: if a file can't be written.
+        """
+        return [
+            path
+            for figure in self.figures
+            if figure.plot is not None
+            for path in save(figure.plot, figure.label, folder, figure.name, formats)
+        ]
 
     def to_html(self) -> str:
         """The page: everything in it, nothing loaded."""
