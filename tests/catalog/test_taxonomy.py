@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -17,7 +18,7 @@ from moesaic.catalog.taxonomy import (
     mechanisms,
 )
 from moesaic.errors import ConfigError
-from moesaic.layer import MoESpec
+from moesaic.layer import MoESpec, RouterConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,6 +127,12 @@ def test_fragments_are_valid_and_as_causal_as_they_say(entry: Mechanism) -> None
     assert spec is not None
     training, evaluation = ("later_tokens" in spec.depends_on(mode) for mode in (True, False))
     assert entry.causal == ("never" if evaluation else "evaluation" if training else "always")
+
+
+def test_every_router_is_in_the_tree_but_those_that_the_survey_lacks() -> None:
+    known = {config.model_fields["type"].default for config in get_args(get_args(RouterConfig)[0])}
+    shown = {entry.spec.router.type for entry in mechanisms() if entry.spec is not None}
+    assert known - shown == {"dense", "modality", "random_skip", "recurrent"}
 
 
 def test_what_looks_at_later_tokens_is_what_the_survey_names() -> None:

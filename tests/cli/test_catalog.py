@@ -78,6 +78,11 @@ def test_mechanisms_are_filtered(cli: Cli) -> None:
     assert "1 mechanisms: 1 implemented" in found.out
 
 
+def test_losses_are_listed(cli: Cli) -> None:
+    assert {"router_z", "expert_balance_seq"} <= set(names(cli("catalog", "losses", "--json").out, "losses"))
+    assert "E Σ_i f_i P_i" in cli("catalog", "losses").out
+
+
 def test_show_gives_a_model_and_what_it_costs(cli: Cli) -> None:
     out = json.loads(cli("catalog", "show", "deepseek-v3", "--dtype", "fp8", "--context-length", "1024", "--json").out)
     size = model("deepseek-v3").size()

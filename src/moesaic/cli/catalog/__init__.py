@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from moesaic.cli.catalog import build, mechanisms, models, show
+from moesaic.cli.catalog import build, losses, mechanisms, models, show
 
 app = typer.Typer(
     help="List, count and build what is known: mechanisms of the field and published models.",
@@ -12,6 +12,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 app.command("mechanisms")(mechanisms.command)
+app.command("losses")(losses.command)
 app.command("models")(models.command)
 app.command("show")(show.command)
 app.command("build")(build.command)
