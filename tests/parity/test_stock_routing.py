@@ -43,7 +43,12 @@ def test_records_are_what_the_stock_router_did(name: str) -> None:
         outputs.append(layer)
         return y
 
-    handles = router.listen(lambda x_TD, output: found.append(router.routing(x_TD, output)), keep_output)
+    def keep_routing(x_TD: Tensor, output: Any) -> None:
+        found.append(router.routing(x_TD, output))
+        read.append(router.read(x_TD, output))
+
+    read: list[Routing] = []
+    handles = router.listen(keep_routing, keep_output)
     x_TD = tokens()
     if name in DECODER_LAYERS:
         router.gate(x_TD)
@@ -58,6 +63,17 @@ def test_records_are_what_the_stock_router_did(name: str) -> None:
     assert torch.equal(actual_picked_TN, picked_TN)
     torch.testing.assert_close(actual_TN, expected_TN, rtol=0, atol=1e-6)
     assert routing.scores_TN.shape[0] == T
+
+    (light,) = read
+    assert torch.equal(light.index_TK, routing.index_TK)
+    torch.testing.assert_close(light.weight_TK, routing.weight_TK.float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(light.scores_TN, routing.scores_TN.float(), rtol=0, atol=1e-6)
+    compared_TK, light_TK = (each.selection_TN.gather(-1, routing.index_TK) for each in (routing, light))
+    clear_TKK = (compared_TK.unsqueeze(-1) - compared_TK.unsqueeze(-2)).abs() > 1e-6
+    for each_TK in (compared_TK, light_TK):
+        assert each_TK.isfinite().all()
+    greater_TKK, light_greater_TKK = (each.unsqueeze(-1) > each.unsqueeze(-2) for each in (compared_TK, light_TK))
+    assert torch.equal(greater_TKK[clear_TKK], light_greater_TKK[clear_TKK])
 
     routing.scores_TN.square().sum().backward()
     gate = {id(parameter) for parameter in router.gate.parameters()}

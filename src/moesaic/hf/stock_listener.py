@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -81,7 +80,6 @@ class Hearing:
         self._routers, self._listener = routers, listener
         self._given: dict[str, Any] = {}
         self.open: RoutingContext | None = None
-        self._position_T: Tensor | None = None
 
     def before_outer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Keep what a model around the decoder is given, which may turn ids into embeddings and masks into others."""
@@ -112,12 +110,11 @@ class Hearing:
         context.position_T = positions_after(context, given.shape[1], mask, named.get("past_key_values"))
         self.open = context
 
-    @torch.no_grad()
     def after_router(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if self.open is None or layer in self.open.records:
             return
         x = args[0] if args else kwargs["hidden_states"]
-        self.open.commit(layer, self._routers[layer].routing(x.reshape(-1, x.shape[-1]), output, self.open))
+        self.open.commit(layer, self._routers[layer].read(x.reshape(-1, x.shape[-1]), output, self.open))
 
     def after_decoder(self, module: nn.Module, args: tuple, output: Any) -> None:
         context, self.open = self.open, None

@@ -29,6 +29,7 @@ from moesaic.layer import (
     TopKConfig,
 )
 from moesaic.layer.capacity import drop_picks
+from moesaic.layer.routers.scores import score
 
 # Called with the layer and its routing in the place of the block's output, and returns what to put there.
 OnOutput = Callable[[int, Tensor], Tensor]
@@ -123,11 +124,34 @@ class StockRouter:
         if self.preset.call is not None or not isinstance(self.rule, TopKConfig):
             return routing
         # The picks that were made: in low precision the stock router may round otherwise than ours.
+        index_TK, weight_TK = self._picks(output, routing.weight_TK.dtype)
+        return replace(routing, index_TK=index_TK, weight_TK=weight_TK)
+
+    @torch.no_grad()
+    def read(self, x_TD: Tensor, output: Any, context: RoutingContext | None = None) -> Routing:
+        """As `routing`, without gradient, and where the router returns its logits without computing them again.
+
+        Then `selection_TN` is not masked outside a token's groups: among its picks the order is the same.
+        """
+        rule = self.rule
+        if self.preset.call is not None or not isinstance(rule, TopKConfig) or rule.expert_scale:
+            return self.routing(x_TD, output, context)
+        index_TK, weight_TK = self._picks(output, torch.float32)
+        logits_TN = output[0].reshape(len(index_TK), -1).float()
+        scores_TN = score(logits_TN, rule.score_function)
+        selection_TN = logits_TN if rule.select_by == "logits" else scores_TN
+        if rule.selection_bias and self.selection_bias is not None:
+            selection_TN = selection_TN + self.selection_bias.flatten()
+        return Routing(index_TK, weight_TK, logits_TN, scores_TN, selection_TN)
+
+    def _picks(self, output: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Experts and weights that most router classes return."""
         _, weight_TK, index_TK = output
-        weight_TK = weight_TK.reshape(index_TK.reshape(-1, index_TK.shape[-1]).shape).to(routing.weight_TK.dtype)
+        index_TK = index_TK.reshape(-1, index_TK.shape[-1]).long()
+        weight_TK = weight_TK.reshape(index_TK.shape).to(dtype)
         if self.preset.block_scale is not None:
             weight_TK = weight_TK * self.preset.block_scale(self.config)
-        return replace(routing, index_TK=index_TK.reshape(weight_TK.shape).long(), weight_TK=weight_TK)
+        return index_TK, weight_TK
 
     def listen(self, on_routing: Callable[[Tensor, Any], None], on_output: OnOutput) -> list[RemovableHandle]:
         """Call `on_routing` with input (T, D) and output of the router, and `on_output` with the block's output."""
