@@ -83,10 +83,9 @@ def run_trainer(model, data, folder, callbacks, *, batch_size: int, steps: int, 
         max_grad_norm=0,
         use_cpu=True,
         report_to="none",
-        save_strategy="no",
         disable_tqdm=True,
         logging_steps=1,
-        **settings,
+        **{"save_strategy": "no", **settings},
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data, callbacks=callbacks)
     trainer.train()

@@ -28,6 +28,7 @@ from moesaic.cli import (
     inspect,
     plan,
     reproduce,
+    trace,
     train,
     upcycle,
 )
@@ -61,6 +62,7 @@ app.command("convert")(convert.command)
 app.command("upcycle")(upcycle.command)
 app.command("export")(export.command)
 app.command("inspect")(inspect.command)
+app.command("trace")(trace.command)
 app.command("plan")(plan.command)
 app.command("reproduce")(reproduce.command)
 app.command("bench")(bench.command)

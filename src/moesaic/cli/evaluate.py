@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moesaic.cli.console import Json, emit_json, results
 from moesaic.cli.models import load, tokenizer_of
 from moesaic.cli.texts import Texts, batches_of, sequence_length_for
+from moesaic.cli.tracing import TracePath, TraceSample, labelled, trace_report, traced
 from moesaic.errors import ConfigError
 from moesaic.train import evaluate, overall
 
@@ -28,25 +29,30 @@ def command(
         typer.Option(min=2, help="Tokens in a sequence of --text; 256 unless the model has fewer positions."),
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer, if it is not the model's.")] = None,
+    trace: TracePath = None,
+    trace_sample: TraceSample = 1.0,
     json: Json = False,
 ) -> None:
     """Measure perplexity on text, domain by domain, or run evaluation tasks.
 
-    Without --text and --tasks, a model of a training run is measured on the text that the run held out.
+    Without --text and --tasks, a model of a training run is measured on the text that the run held out. With --trace,
+    the routing of all that is read goes to disk.
 
     Example: moesaic eval runs/demo/moe --text code=src --text prose=README.md
     """
     network, folder = load(model)
     tokens = tokenizer_of(folder, network, tokenizer)
     report: dict[str, Any] = {}
-    if texts or not tasks:
-        length = sequence_length_for(network, sequence_length)
-        with batches_of(texts, tokens, folder, batch_size=batch_size, sequence_length=length) as batches:
-            by_domain = evaluate(network, batches, max_batches=limit)
-        report["domains"] = {name: vars(evaluation) for name, evaluation in by_domain.items()}
-        report["overall"] = vars(overall(by_domain))
-    if tasks:
-        report["tasks"] = _run_tasks(network, tokens, tasks.split(","), tasks_folder, limit, batch_size)
+    with traced(trace, trace_sample, network, tokens) as recorded:
+        if texts or not tasks:
+            length = sequence_length_for(network, sequence_length)
+            with batches_of(texts, tokens, folder, batch_size=batch_size, sequence_length=length) as batches:
+                by_domain = evaluate(network, labelled(recorded, batches), max_batches=limit)
+            report["domains"] = {name: vars(evaluation) for name, evaluation in by_domain.items()}
+            report["overall"] = vars(overall(by_domain))
+        if tasks:
+            report["tasks"] = _run_tasks(network, tokens, tasks.split(","), tasks_folder, limit, batch_size)
+    report |= trace_report(recorded)
     if json:
         emit_json(report)
     else:
@@ -100,3 +106,5 @@ def _print(report: dict[str, Any]) -> None:
             for name, value in metrics.items():
                 table.add_row(task, name, f"{value:.4f}")
         results.print(table)
+    if "trace" in report:
+        results.print(f"Routing of {report['trace']['tokens']:,} tokens: {report['trace']['path']}")

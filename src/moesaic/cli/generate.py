@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from moesaic.cli.console import Json, emit_json, errors
 from moesaic.cli.models import load, positions_of, tokenizer_of
+from moesaic.cli.tracing import TracePath, trace_report, traced
 from moesaic.errors import ConfigError
 from moesaic.hf import MoesaicForCausalLM
 from moesaic.infer.decode import fast_decoding
@@ -43,6 +44,7 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of sampling.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer, if it is not the model's.")] = None,
+    trace: TracePath = None,
     json: Json = False,
 ) -> None:
     """Continue a text with a model, printing tokens as they come.
@@ -59,7 +61,7 @@ def command(
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
     begun = time.perf_counter()
-    with fast_decoding(network):
+    with fast_decoding(network), traced(trace, 1.0, network, tokens) as recorded:
         output: Any = cast(Any, network).generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -75,11 +77,21 @@ def command(
     continuation = str(tokens.decode(new, skip_special_tokens=True))
     if json:
         rate = round(len(new) / seconds, 1)
-        emit_json({"prompt": text, "text": continuation, "tokens": len(new), "tokens_per_second": rate})
+        emit_json(
+            {
+                "prompt": text,
+                "text": continuation,
+                "tokens": len(new),
+                "tokens_per_second": rate,
+                **trace_report(recorded),
+            }
+        )
     else:
         if num_beams > 1:
             sys.stdout.write(continuation + "\n")
         errors.print(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s", style="dim")
+        if recorded is not None:
+            errors.print(f"Routing of {recorded.num_tokens:,} tokens: {recorded.path}", style="dim")
 
 
 def _labels(model: PreTrainedModel, ids_BS: Tensor, domain: int | None) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
-"""What whoever records says of the tokens: their domain and their turn."""
+"""What whoever records says of the tokens: their domain, their turn, and the documents in which they stand."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class Labels:
         self._domain = ""
         self._domains = [""]
         self._turn: int | Tensor = NOTHING
+        self._documents: Tensor | None = None
 
     @contextlib.contextmanager
     def domain(self, name: str) -> Iterator[None]:
@@ -43,6 +45,44 @@ class Labels:
             yield
         finally:
             self._turn = before
+
+    @contextlib.contextmanager
+    def documents(self, document_BS: Tensor) -> Iterator[None]:
+        """The forward passes inside this block read packed documents of which the model is not told.
+
+        Without it a row of a batch is one document, unless positions start anew inside it.
+
+        Args:
+            document_BS: any number of each token's document, (B, S) as the ids; -1 in padding. Where it changes along a
+                row another document starts.
+        """
+        before, self._documents = self._documents, document_BS
+        try:
+            yield
+        finally:
+            self._documents = before
+
+    def _placed(self, context: RoutingContext, num_tokens: int) -> RoutingContext:
+        """The context with the documents that were given, if they were."""
+        if self._documents is None:
+            return context
+        document_BS = self._documents
+        batch, length = context.batch_size, num_tokens // context.batch_size
+        if document_BS.shape != (batch, length):
+            raise ConfigError(
+                "documents",
+                tuple(document_BS.shape),
+                f"is not the shape of the ids ({batch}, {length})",
+                "give one for every token",
+            )
+        place_BS = torch.arange(length, device=document_BS.device).expand(batch, -1)
+        starts_BS = torch.ones_like(document_BS, dtype=torch.bool)
+        starts_BS[:, 1:] = document_BS[:, 1:] != document_BS[:, :-1]
+        position_BS = place_BS - torch.where(starts_BS, place_BS, 0).cummax(-1).values
+        real_T = (document_BS >= 0).reshape(-1)
+        if context.mask_T is not None:
+            real_T = real_T.to(context.mask_T.device) & context.mask_T
+        return replace(context, position_T=position_BS.reshape(-1), mask_T=real_T)
 
     def _domain_number(self, name: str) -> int:
         if name not in self._domains:

@@ -103,6 +103,26 @@ def _known(values: dict[str, Any], kind: type[Config]) -> dict[str, Any]:
     return known
 
 
+def remove_steps_after(folder: Path, step: int) -> None:
+    """Remove what a run wrote after the optimiser step from which it goes on, and what it left unfinished.
+
+    Raises:
+        TraceError: if a part holds steps before and after it.
+    """
+    for unfinished in folder.glob(".part-*.tmp"):
+        unfinished.unlink(missing_ok=True)
+    for path in part_files(folder):
+        facts = read_part(path).facts
+        if facts.last_step <= step:
+            continue
+        if facts.first_step <= step:
+            raise TraceError(
+                f"{path} holds steps {facts.first_step} to {facts.last_step}, and the run goes on after step {step}; "
+                "trace into another folder, or remove this part"
+            )
+        path.unlink()
+
+
 def damaged(path: Path, error: Exception) -> TraceError:
     """The error for a part whose bytes are wrong."""
     reason = str(error).partition("\n")[0][:200]

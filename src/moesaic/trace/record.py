@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
+from moesaic.hf.model import RoutingListener
 from moesaic.hf.routing_source import routing_source
 from moesaic.layer import LayerLoad, Routing, RoutingContext
 from moesaic.trace.facts import facts_of
@@ -191,6 +192,7 @@ class RoutingTrace(Labels):
         if not context.records:
             return
         size = next(iter(context.records.values())).index_TK.shape[0]
+        context = self._placed(context, size)
         mask_T, position_T = context.mask_T, _positions(context)
         tokens = None
         if self.keep == "tokens" or self._facts.sample < 1:
@@ -313,7 +315,9 @@ def record(
         else:
             writer = stack.enter_context(TraceWriter(path, header, rank=rank, append=append))
             trace = StreamedTrace(writer, seed=seed)
-        stack.callback(source.listen(trace.add).remove)
+        # A compiled model leaves its graph for it.
+        add: RoutingListener = torch.compiler.disable(trace.add)  # pyright: ignore[reportAssignmentType] loses its type
+        stack.callback(source.listen(add).remove)
         yield trace
 
 

@@ -31,10 +31,10 @@ def sampled(document_T: Tensor, sample: float, seed: int = 0) -> Tensor | None:
     """
     if sample >= 1:
         return None
-    # The finaliser of splitmix64.
+    # Splitmix64: the n-th number of the sequence that starts at the seed.
     with np.errstate(over="ignore"):
-        x = document_T.numpy().astype(np.uint64) + np.uint64(seed % 2**64) * np.uint64(0xD1342543DE82EF95)
-        x += np.uint64(0x9E3779B97F4A7C15)
+        start = np.uint64(seed % 2**64) * np.uint64(0xD1342543DE82EF95)
+        x = (document_T.numpy().astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + start
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x ^= x >> np.uint64(31)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from moesaic.errors import ConfigError
 from moesaic.layer import RoutingContext
 from moesaic.trace.file import TraceFile
 from moesaic.trace.header import TraceHeader
@@ -41,6 +43,7 @@ class StreamedTrace(Labels):
     def __init__(self, writer: TraceWriter, *, seed: int = 0) -> None:
         super().__init__()
         self.step, self.active, self.num_tokens = NO_STEP, True, 0
+        self._domain_ids: tuple[tuple[str, ...], Tensor] | None = None
         self._writer, self._seed = writer, seed
         self._domains = list(writer.header.domains)
         self._numbering = DocumentNumbering(max(writer.next_document, writer.rank * _DOCUMENTS_OF_A_RANK))
@@ -68,6 +71,20 @@ class StreamedTrace(Labels):
         """
         self._writer.finish_part()
 
+    @contextlib.contextmanager
+    def domain_ids(self, names: Sequence[str], domain_BS: Tensor) -> Iterator[None]:
+        """The forward passes inside this block are of several domains.
+
+        Args:
+            names: of the domains.
+            domain_BS: which of them every token is of, (B, S) as the ids; anything in padding.
+        """
+        before, self._domain_ids = self._domain_ids, (tuple(names), domain_BS)
+        try:
+            yield
+        finally:
+            self._domain_ids = before
+
     def add(self, context: RoutingContext) -> None:
         """Add the routing of one forward pass; `record` calls it for every one.
 
@@ -78,6 +95,7 @@ class StreamedTrace(Labels):
             return
         scores = self._writer.header.has_scores
         num_tokens = next(iter(context.records.values())).index_TK.shape[0]
+        context = self._placed(context, num_tokens)
         snapshots = {
             layer: Snapshot.of(routing, scores=scores)
             for layer, routing in context.records.items()
@@ -93,7 +111,7 @@ class StreamedTrace(Labels):
             mask_T=_copied(context.mask_T),
             modality_T=_copied(context.modality_T),
         )
-        turn_T, domain = self._turns(context, num_tokens), self._domain
+        turn_T, domain = self._turns(context, num_tokens), self._domain_of(num_tokens)
         ready = _event_of(next(iter(context.records.values())).weight_TK)
 
         def make() -> Iterator[Rows]:
@@ -108,16 +126,19 @@ class StreamedTrace(Labels):
         inputs: RoutingContext,
         snapshots: dict[int, Snapshot],
         merged: frozenset[int],
-        domain: str,
+        domain: tuple[tuple[str, ...], Tensor],
         turn_T: Tensor | None,
         num_tokens: int,
     ) -> Iterator[Rows]:
         """On the writer's thread."""
-        number = self._domain_number(domain)
+        names, which_T = domain
+        number_C = torch.tensor([self._domain_number(name) for name in names], dtype=torch.int16)
         self._update_header(merged)
-        tokens = self._numbering.columns(inputs, domain=number, turn_T=turn_T, num_tokens=num_tokens)
+        tokens = self._numbering.columns(inputs, turn_T=turn_T, num_tokens=num_tokens)
         self._writer.next_document = self._numbering.next_document
         real_T = None if inputs.mask_T is None else inputs.mask_T.cpu()
+        domain_T = number_C[which_T if real_T is None else which_T[real_T]]
+        tokens = replace(tokens, domain_T=domain_T)
         in_T = sampled(tokens.document_T, self.header.sample, self._seed)
         kept_T = real_T
         if in_T is not None:
@@ -128,6 +149,17 @@ class StreamedTrace(Labels):
         if len(tokens):
             for layer, snapshot in snapshots.items():
                 yield snapshot.rows(layer, tokens, kept_T)
+
+    def _domain_of(self, num_tokens: int) -> tuple[tuple[str, ...], Tensor]:
+        """Names, and which of them each token of a forward pass has, padding included."""
+        if self._domain_ids is None:
+            return (self._domain,), torch.zeros(num_tokens, dtype=torch.int64)
+        names, domain_BS = self._domain_ids
+        if domain_BS.numel() != num_tokens:
+            raise ConfigError(
+                "domain_ids", tuple(domain_BS.shape), f"are not {num_tokens} tokens", "give one for every token"
+            )
+        return names, domain_BS.reshape(-1).cpu().clamp(min=0)
 
     def _update_header(self, merged: frozenset[int]) -> None:
         header = self._writer.header

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moesaic.train.balance_callback import BalanceCallback
 from moesaic.train.checkpoint import CheckpointStore, check_same_run, load_state
-from moesaic.train.config import TrainConfig
+from moesaic.train.config import TraceConfig, TrainConfig
 from moesaic.train.evaluate import Evaluation, evaluate, overall
 from moesaic.train.hf_trainer import RoutingMetricsCallback, RoutingStepCallback
 from moesaic.train.load import check_weight_files, load_model
@@ -14,6 +14,7 @@ from moesaic.train.model import build_model
 from moesaic.train.run import RunConfig
 from moesaic.train.schedule import ConstantSchedule, CosineSchedule, Schedule, StepSchedule, WSDSchedule
 from moesaic.train.stock_balance import Balancer, balance
+from moesaic.train.trace_callback import TraceCallback
 
 __all__ = [
     "BalanceCallback",
@@ -28,6 +29,8 @@ __all__ = [
     "Schedule",
     "StepMetrics",
     "StepSchedule",
+    "TraceCallback",
+    "TraceConfig",
     "TrainConfig",
     "TrainResult",
     "Trainer",

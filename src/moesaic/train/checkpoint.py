@@ -47,6 +47,7 @@ RESUMABLE_CHANGES = frozenset(
         "train.async_checkpoint",
         "train.log_every",
         "train.tensorboard",
+        "train.trace",
     }
 )
 

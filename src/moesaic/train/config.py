@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -9,6 +10,28 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from moesaic.configuration import Config
 from moesaic.errors import ConfigError
 from moesaic.train.schedule import CosineSchedule, Schedule
+
+
+class TraceConfig(Config):
+    """What of the routing of the training steps goes to disk; docs/trace.md.
+
+    Attributes:
+        path: folder of the trace in the output folder. All processes write to it, and a run that is resumed goes on with it.
+        sample: share of the documents, each as a whole.
+        every_steps: trace one step in so many, and the first.
+        scores: also keep the router's scores of all experts.
+    """
+
+    path: str = "routing.trace"
+    sample: float = Field(default=0.1, gt=0, le=1)
+    every_steps: PositiveInt = 1
+    scores: bool = False
+
+    @model_validator(mode="after")
+    def _inside(self) -> TraceConfig:
+        if not self.path or Path(self.path).is_absolute() or ".." in Path(self.path).parts:
+            raise ConfigError("path", self.path, "is not a folder in the output folder", "give a relative path")
+        return self
 
 
 class TrainConfig(Config):
@@ -42,6 +65,7 @@ class TrainConfig(Config):
         log_every: where the output is not a terminal, print a line after every this many steps. Metrics are written at
             every step all the same.
         tensorboard: also write metrics for TensorBoard, below `tensorboard/` in the output folder.
+        trace: write the routing of training steps to disk; None for not.
     """
 
     steps: PositiveInt = 1000
@@ -65,6 +89,7 @@ class TrainConfig(Config):
     checkpoint_steps: tuple[NonNegativeInt, ...] = ()
     log_every: PositiveInt = 10
     tensorboard: bool = False
+    trace: TraceConfig | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

@@ -33,6 +33,7 @@ from moesaic.train.routing_load import RoutingLoad, load_metrics
 from moesaic.train.run import RunConfig
 from moesaic.train.signals import StopSignals
 from moesaic.train.start import start_model
+from moesaic.train.tracing import StepTrace, rewind_trace, tracing
 
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -129,6 +130,7 @@ def train(
             load_optimizer_state(checkpoint, model, trainer.optimizer)
         if process.is_first:
             write_text(output_dir / RUN_FILE, run.to_yaml())
+            rewind_trace(run.train.trace, output_dir, trainer.step)
         meeting.wait()
         meeting.limit_collectives(run.parallel.timeout_seconds)
         result = trainer.fit(output_dir, progress=progress)
@@ -169,12 +171,18 @@ class Trainer:
         self.stop = StopSignals(_REPEAT_SECONDS if process.distributed else 0.0)
         self.step = self.tokens = 0
         self._saved_step: int | None = None
+        self._trace = StepTrace(None)
         self.validation: dict[str, Evaluation] = {}
 
     def fit(self, output_dir: Path, *, progress: bool = True) -> TrainResult:
         """Train to the last step or to a signal, with a checkpoint at the end; see `train`."""
         started, first_tokens = time.perf_counter(), self.tokens
-        with self._reporting(output_dir, progress) as (sinks, display), self.stop, self._lost_peers():
+        with (
+            self._reporting(output_dir, progress) as (sinks, display),
+            self._tracing(output_dir),
+            self.stop,
+            self._lost_peers(),
+        ):
             if self._saved_step != self.step and self.step in self.config.checkpoint_steps:
                 self.save()
             while self.step < self.config.steps and self._stopped_by() is None:
@@ -226,7 +234,7 @@ class Trainer:
             moe_model.set_training_progress(self.step / self.config.steps)
         sums = _StepSums()
         for index, batch in enumerate(batches):
-            with self._autocast():
+            with self._autocast(), self._trace.of(self.step + 1, batch):
                 objective = language_model_objective(self.model, model_inputs(batch, self.model.device), num_items)
             self.ranks.before_backward(last=index == len(batches) - 1)
             objective.loss.backward()
@@ -278,6 +286,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this step."""
+        self._trace.finish_part()
         path = self.store.save(self.step, self.model, self.optimizer, self.data.tokenizer, self.run, self.state_dict())
         self._saved_step = self.step
         return path
@@ -315,6 +324,13 @@ class Trainer:
         except LostPeer:
             self.stop.act()
             raise
+
+    @contextlib.contextmanager
+    def _tracing(self, output_dir: Path) -> Iterator[None]:
+        rank, domains = self.ranks.process.rank, self.data.summary.domains
+        with tracing(self.config.trace, self.model, output_dir, rank, self.data.tokenizer, list(domains)) as trace:
+            self._trace = trace
+            yield
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")

@@ -12,6 +12,7 @@ from moesaic.data.objective.check import check_stages
 from moesaic.errors import ConfigError
 from moesaic.hf import MoesaicForCausalLM, build, read_backbone
 from moesaic.hf.families import family_of
+from moesaic.hf.router_presets import presets_of
 from moesaic.layer import HashConfig, MoESpec
 from moesaic.layer.routers.hash import read_frequencies
 from moesaic.train.config import TrainConfig
@@ -50,7 +51,7 @@ def check_architecture(run: RunConfig) -> None:
     Raises:
         ConfigError: if a field of `backbone` or `moe` is invalid, the layers look at what `data.domains_are` does not
             give, a stage of the objective is beyond the run, or `initial_model` does not exist.
-        UnsupportedModel: if the backbone can't take MoE layers.
+        UnsupportedModel: if the backbone can't take MoE layers, or has none of its own and is to be traced.
     """
     check_stages(run.data.objective, run.train.steps)
     if run.initial_model is not None:
@@ -62,6 +63,8 @@ def check_architecture(run: RunConfig) -> None:
             run.moe.layers.indices(config.num_hidden_layers)
             check_labels(run.moe, run.data)
             _check_that_it_builds(run, run.moe)
+        elif run.train.trace is not None:
+            presets_of(config)
 
 
 def check_labels(spec: MoESpec, data: DataConfig) -> None:
