@@ -63,13 +63,23 @@ def test_the_trace_decides_whatever_the_gate_says(model_type: str) -> None:
     model = stock_model(model_type)
     with torch.no_grad(), record(model) as trace:
         expected = model(IDS).logits
-        generated = model.generate(IDS, max_new_tokens=5, do_sample=False, eos_token_id=None)
+        generated = model.generate(
+            IDS,  # pyright: ignore[reportCallIssue]
+            max_new_tokens=5,
+            do_sample=False,
+            eos_token_id=None,
+        )
     changed = other_gates(model)
     with torch.no_grad():
         assert not torch.allclose(changed(IDS).logits, expected, atol=1e-3)
         with replay(changed, trace, weights="trace"), record(changed) as again:
             torch.testing.assert_close(changed(IDS).logits, expected, **close)
-            found = changed.generate(IDS, max_new_tokens=5, do_sample=False, eos_token_id=None)
+            found = changed.generate(
+                IDS,  # pyright: ignore[reportCallIssue]
+                max_new_tokens=5,
+                do_sample=False,
+                eos_token_id=None,
+            )
     assert torch.equal(found, generated)
     for one, other in zip(trace.rows(), again.rows(), strict=True):
         assert torch.equal(one.choice_TK.sort(-1).values, other.choice_TK.sort(-1).values)
