@@ -109,7 +109,8 @@ def test_a_run_goes_on_with_any_number_of_processes(corpus: Path, tmp_path: Path
 
 
 def test_metrics_tell_how_processes_differ(corpus: Path, tmp_path: Path) -> None:
-    run = run_of(corpus, {"ep": 2}, steps=2, eval_every=None)
+    strict = {"entropy": 1.0, "patience": 1}  # every layer is beyond it
+    run = run_of(corpus, {"ep": 2}, steps=2, eval_every=None, routing_every=1, alerts=strict)
     first, second = run_ranks(2, trained, run, tmp_path, corpus / "cache")
     assert first.metrics_file == second.metrics_file
     records = [record for record in read_metrics(first.metrics_file) if record["type"] == "train"]
@@ -120,6 +121,16 @@ def test_metrics_tell_how_processes_differ(corpus: Path, tmp_path: Path) -> None
     assert ranks["all_to_all"]["bytes"] > 0
     assert ranks["all_to_all"]["seconds"]["max"] > 0
     assert 0 <= ranks["rank_violation"]["worst"] <= 1
+
+    # Loads of all processes together, and alerts from the first one only.
+    for record in read_metrics(first.metrics_file):
+        if record["type"] == "routing":
+            assert [sum(load) for load in record["load"]] == [2 * records[0]["tokens"]] * 2
+    alerts = [record for record in read_metrics(first.metrics_file) if record["type"] == "alert"]
+    assert [(record["step"], record["layer"], record["state"]) for record in alerts] == [
+        (1, 0, "started"),
+        (1, 1, "started"),
+    ]
 
 
 def stopped(run: RunConfig, output: Path, cache: Path, number: int) -> TrainResult:

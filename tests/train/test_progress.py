@@ -31,7 +31,7 @@ def test_plain_output_is_a_line_every_few_steps_and_after_the_last():
     display.close()
     lines = stream.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["10/25", "20/25", "25/25"]
-    assert "loss 2.500  balance 1.50  12,346 tokens/s" in lines[0]
+    assert "loss 2.500  balance 1.50 (layer 1)  12,346 tokens/s" in lines[0]
     assert lines[-1].endswith("0:00:00 left")
 
 
@@ -63,5 +63,5 @@ def test_an_evaluation_names_domains():
 
 def test_drops_and_null_experts_are_shown_where_there_are_any():
     assert describe_step(step_metrics(1, drop_rate={0: 0.01, 1: 0.25}, null_share={0: 0.5})) == (
-        "loss 2.500  balance 1.50  dropped 25.0%  null 50.0%  12,346 tokens/s"
+        "loss 2.500  balance 1.50 (layer 1)  dropped 25.0% (layer 1)  null 50.0% (layer 0)  12,346 tokens/s"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moesaic.train.alerts import AlertsConfig
 from moesaic.train.balance_callback import BalanceCallback
 from moesaic.train.checkpoint import CheckpointStore, check_same_run, load_state
 from moesaic.train.config import TraceConfig, TrainConfig
@@ -17,6 +18,7 @@ from moesaic.train.stock_balance import Balancer, balance
 from moesaic.train.trace_callback import TraceCallback
 
 __all__ = [
+    "AlertsConfig",
     "BalanceCallback",
     "Balancer",
     "CheckpointStore",

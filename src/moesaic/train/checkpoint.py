@@ -46,6 +46,8 @@ RESUMABLE_CHANGES = frozenset(
         "train.checkpoint_steps",
         "train.async_checkpoint",
         "train.log_every",
+        "train.routing_every",
+        "train.alerts",
         "train.tensorboard",
         "train.trace",
     }

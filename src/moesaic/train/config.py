@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from moesaic.configuration import Config
 from moesaic.errors import ConfigError
+from moesaic.train.alerts import AlertsConfig
 from moesaic.train.schedule import CosineSchedule, Schedule
 
 
@@ -64,6 +65,9 @@ class TrainConfig(Config):
             whatever `keep_checkpoints` says: for studies of how a model comes about.
         log_every: where the output is not a terminal, print a line after every this many steps. Metrics are written at
             every step all the same.
+        routing_every: report load, entropy, unused experts, drops and nulls of each MoE layer after every this many steps, over
+            the tokens since the last report; None for no reports and no alerts.
+        alerts: thresholds beyond which a layer counts as collapsed, checked with each report; None for no alerts.
         tensorboard: also write metrics for TensorBoard, below `tensorboard/` in the output folder.
         trace: write the routing of training steps to disk; None for not.
     """
@@ -88,6 +92,8 @@ class TrainConfig(Config):
     keep_checkpoints: PositiveInt = 2
     checkpoint_steps: tuple[NonNegativeInt, ...] = ()
     log_every: PositiveInt = 10
+    routing_every: PositiveInt | None = 10
+    alerts: AlertsConfig | None = AlertsConfig()
     tensorboard: bool = False
     trace: TraceConfig | None = None
 

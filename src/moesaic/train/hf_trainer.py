@@ -6,6 +6,7 @@ micro-batch's losses, balance included, its share of the mean over the whole opt
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -17,26 +18,35 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from moesaic.errors import UnsupportedModel
 from moesaic.hf import MoesaicForCausalLM, MoesaicModel
 from moesaic.layer import BalanceLoss, RoutingContext, post_step
-from moesaic.train.routing_load import RoutingLoad, load_metrics
+from moesaic.train.alerts import Alert, AlertMonitor, AlertsConfig, describe_alerts
+from moesaic.train.routing_load import RoutingLoad, load_metrics, statistics_of
+
+logger = logging.getLogger(__name__)
 
 
 class RoutingMetricsCallback(TrainerCallback):
     """Adds the routing of the steps since the last log to HF Trainer's logs.
 
     Keys, with a layer number each: `max_violation/layer_3` (largest expert load over the mean load, minus 1, over all
-    tokens since the last log), `drop_rate/layer_3` and `null_share/layer_3` where there are any, and, for every balance loss by name, `load_balancing/layer_3` (mean over micro-batches,
-    coefficient not included). They go to `trainer.state.log_history` and to callbacks that stand after this one:
+    tokens since the last log), `entropy/layer_3` and `unused_share/layer_3` (see `LayerStatistics`), `drop_rate/layer_3` and
+    `null_share/layer_3` where there are any, and, for every balance loss by name, `load_balancing/layer_3` (mean over
+    micro-batches, coefficient not included). When a layer collapses by the thresholds of `alerts`, `alert/layer_3` is 1 once
+    and a warning names layer, values and thresholds; when it has recovered it is 0 once. They go to `trainer.state.log_history` and to callbacks that stand after this one:
     for TensorBoard, `TrainingArguments(report_to="none")` and
     `callbacks=[RoutingMetricsCallback(), TensorBoardCallback()]`.
 
     Works for models that contain a `MoesaicModel`, also wrapped by PEFT.
 
+    Args:
+        alerts: thresholds beyond which a layer counts as collapsed, checked with each log; None for no alerts.
+
     Raises:
         UnsupportedModel: when training begins, if there is none in the model.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alerts: AlertsConfig | None = AlertsConfig()) -> None:  # noqa: B008 (it is immutable)
         self._load = RoutingLoad()
+        self._alerts = None if alerts is None else AlertMonitor(alerts)
         self._losses: Sequence[BalanceLoss] = ()
         self._sums: dict[str, Tensor] = {}
         self._forwards = 0
@@ -65,7 +75,10 @@ class RoutingMetricsCallback(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs or not self._forwards:
             return
-        metrics = self._take()
+        metrics, alerts = self._take(state.global_step)
+        if state.is_world_process_zero:
+            for line in describe_alerts(alerts):
+                logger.warning("%s", line)
         logs.update(metrics)
         # Trainer has copied the logs into its history before callbacks see them.
         state.log_history[-1].update(metrics)
@@ -86,15 +99,22 @@ class RoutingMetricsCallback(TrainerCallback):
                 value = loss.of_sequences(routing, context).mean()
                 self._sums[key] = self._sums[key] + value if key in self._sums else value
 
-    def _take(self) -> dict[str, float]:
+    def _take(self, step: int) -> tuple[dict[str, float], list[Alert]]:
+        loads = self._load.take()
         metrics = {
             f"{name}/layer_{layer}": value
-            for name, values in load_metrics(self._load.take()).items()
+            for name, values in load_metrics(loads).items()
             for layer, value in values.items()
         }
+        statistics = statistics_of(loads)
+        for layer, values in statistics.items():
+            metrics[f"entropy/layer_{layer}"] = values.entropy
+            metrics[f"unused_share/layer_{layer}"] = values.unused_share
+        alerts = [] if self._alerts is None else self._alerts.check(step, statistics)
+        metrics.update({f"alert/layer_{alert.layer}": float(alert.state == "started") for alert in alerts})
         metrics.update({key: float(total) / self._forwards for key, total in self._sums.items()})
         self._sums, self._forwards = {}, 0
-        return metrics
+        return metrics, alerts
 
 
 class RoutingStepCallback(TrainerCallback):

@@ -20,6 +20,7 @@ from moesaic.errors import DataError, TrainingError
 from moesaic.files import write_text
 from moesaic.hf import MoesaicForCausalLM
 from moesaic.layer import post_step
+from moesaic.train.alerts import describe_alerts
 from moesaic.train.checkpoint import RUN_FILE, CheckpointStore, check_same_run, load_optimizer_state, load_state
 from moesaic.train.evaluate import Evaluation, evaluate
 from moesaic.train.metrics import MetricsFile, MetricsSink, StepMetrics, TensorBoardSink, evaluation_record
@@ -30,6 +31,7 @@ from moesaic.train.progress import NoProgress, ProgressDisplay, describe_evaluat
 from moesaic.train.ranks import OneProcess, Ranks, check_parallel
 from moesaic.train.rng import seed_step
 from moesaic.train.routing_load import RoutingLoad, load_metrics
+from moesaic.train.routing_monitor import RoutingMonitor
 from moesaic.train.run import RunConfig
 from moesaic.train.signals import StopSignals
 from moesaic.train.start import start_model
@@ -168,6 +170,7 @@ class Trainer:
         process = self.ranks.process
         self.batches = data.train_batches(shard_index=process.rank, num_shards=process.world)
         self.objective = objective_of(run, data.tokenizer)
+        self.routing = RoutingMonitor(run.train.routing_every, run.train.alerts)
         self.stop = StopSignals(_REPEAT_SECONDS if process.distributed else 0.0)
         self.step = self.tokens = 0
         self._saved_step: int | None = None
@@ -192,6 +195,11 @@ class Trainer:
                 _write(sinks, metrics.record())
                 display.step(metrics)
                 last = self.step == self.config.steps
+                records, alerts = self.routing.report(self.step, last=last)
+                for record in records:
+                    _write(sinks, record)
+                for line in describe_alerts(alerts):
+                    display.note(line)
                 # A stop must not wait for an evaluation; the end of the run has one in any case.
                 if last or (_due(self.step, self.config.eval_every) and self._stopped_by() is None):
                     self.evaluate()
@@ -251,6 +259,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         loads = sums.load.take()
+        self.routing.add(loads)
         if moe_model is not None:
             post_step(moe_model.moe_blocks(), loads, self.step / self.config.steps)
         tokens = self.ranks.process.world * sum(batch["input_ids"].numel() for batch in batches)
@@ -298,6 +307,7 @@ class Trainer:
             "tokens": self.tokens,
             "validation": {domain: asdict(found) for domain, found in self.validation.items()},
             "data": self.batches.state_dict(),
+            "routing": self.routing.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -310,6 +320,8 @@ class Trainer:
         self._saved_step = self.step
         self.validation = {domain: Evaluation(**found) for domain, found in state["validation"].items()}
         self.batches.load_state_dict(state["data"])
+        if "routing" in state:  # not in checkpoints of earlier versions
+            self.routing.load_state_dict(state["routing"], self.model.device)
 
     def _stopped_by(self) -> int | None:
         return self.ranks.agreed_signal(self.stop.received)

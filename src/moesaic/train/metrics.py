@@ -80,8 +80,12 @@ class MetricsSink(Protocol):
         ...
 
 
+# Experts of all layers together whose loads fit into a line.
+_MOST_LOADS = 4096
+
+
 class MetricsFile:
-    """JSON lines, each on disk when `write` returns.
+    """JSON lines, each on disk when `write` returns. Loads of more than 4096 experts are left to TensorBoard.
 
     Lines after `resumed_step` are dropped at the start, so that after resuming every step is there once.
 
@@ -103,6 +107,8 @@ class MetricsFile:
             raise self._unwritable(error) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
+        if record["type"] == "routing" and sum(map(len, record["load"])) > _MOST_LOADS:
+            record = {name: value for name, value in record.items() if name != "load"}
         try:
             self._stream.write(json.dumps(record) + "\n")
             self._stream.flush()
@@ -128,6 +134,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 class TensorBoardSink:
     """Every number of a record as a scalar, named by its path (`train/max_violation/worst`).
 
+    Statistics of routing are scalars for each layer (`routing/entropy/layer_3`) and a histogram of the load, whose buckets are
+    the experts (`routing/load/layer_3`); an alert is 1 when it starts and 0 when it ends (`alert/layer_3`).
+
     Args:
         folder: where event files go.
         resumed_step: events after it, of an earlier run in the same folder, are hidden.
@@ -149,11 +158,42 @@ class TensorBoardSink:
         self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
+        if record["type"] == "routing":
+            self._write_loads(record)
+            record = _by_layer(record)
+        elif record["type"] == "alert":
+            started = float(record["state"] == "started")
+            record = {"type": "alert", "step": record["step"], f"layer_{record['layer']}": started}
         for name, value in _scalars(record, record["type"]):
             self._writer.add_scalar(name, value, record["step"])
 
+    def _write_loads(self, record: Mapping[str, Any]) -> None:
+        for layer, load in zip(record["layers"], record["load"], strict=True):
+            experts = len(load)
+            self._writer.add_histogram_raw(
+                f"routing/load/layer_{layer}",
+                min=0,
+                max=experts,
+                num=sum(load),
+                sum=sum(expert * picks for expert, picks in enumerate(load)),
+                sum_squares=sum(expert * expert * picks for expert, picks in enumerate(load)),
+                bucket_limits=[expert + 0.5 for expert in range(experts)],
+                bucket_counts=list(load),
+                global_step=record["step"],
+            )
+
     def close(self) -> None:
         self._writer.close()
+
+
+def _by_layer(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists over layers as values by the name of the layer."""
+    layers = [f"layer_{layer}" for layer in record["layers"]]
+    lists = {
+        name: value for name, value in record.items() if isinstance(value, list) and name not in ("layers", "load")
+    }
+    values = {name: dict(zip(layers, value, strict=True)) for name, value in lists.items()}
+    return {"type": record["type"], "step": record["step"], **values}
 
 
 def _scalars(values: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:

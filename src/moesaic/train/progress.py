@@ -104,15 +104,21 @@ class NoProgress:
 
 
 def describe_step(metrics: StepMetrics) -> str:
-    """Loss, the worst layer's max violation, drop rate and null share, and speed in a few words."""
+    """Loss, max violation, drop rate and null share of the worst layer of each, and speed in a few words."""
     parts = [f"loss {metrics.loss:.3f}"]
     if metrics.balance:
-        parts.append(f"balance {metrics.balance['worst']:.2f}")
+        parts.append(f"balance {metrics.balance['worst']:.2f} (layer {metrics.balance['worst_layer']})")
     if metrics.drop_rate:
-        parts.append(f"dropped {max(metrics.drop_rate.values()):.1%}")
+        parts.append(f"dropped {_worst(metrics.drop_rate)}")
     if metrics.null_share:
-        parts.append(f"null {max(metrics.null_share.values()):.1%}")
+        parts.append(f"null {_worst(metrics.null_share)}")
     return f"{'  '.join(parts)}  {metrics.tokens_per_second:,.0f} tokens/s"
+
+
+def _worst(shares: Mapping[int, float]) -> str:
+    """The largest share and the layer that has it."""
+    layer = max(shares, key=shares.__getitem__)
+    return f"{shares[layer]:.1%} (layer {layer})"
 
 
 def describe_evaluation(step: int, evaluations: Mapping[str, Evaluation]) -> str:
