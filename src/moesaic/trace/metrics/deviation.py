@@ -57,7 +57,7 @@ def routing_deviation(
     share_P, picks_G = shares(table, first=first)
     all_M = _all_share(counts, whole, first)
     empty_G = table.tokens_G.new_zeros(len(table), dtype=torch.float64)
-    used_G = torch.zeros(len(table), dtype=torch.int64).index_add(0, table.group_P, (share_P > 0).long())
+    used_G = empty_G.index_add(0, table.group_P, (share_P > 0).to(torch.float64))
     present_P = share_P > 0
     squares_P = torch.where(present_P, (share_P - 1 / columns) ** 2, 0.0)
     s_G = (empty_G.index_add(0, table.group_P, squares_P) + (columns - used_G) / columns**2) / columns

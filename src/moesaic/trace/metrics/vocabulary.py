@@ -87,7 +87,7 @@ def vocabulary_specialisation(
             "label": torch.arange(table.num_columns),
             "count": ids_M,
             "tokens": tokens_M,
-            "value": sums_M / ids_M.where(ids_M > 0, math.nan),
+            "value": sums_M / ids_M.to(torch.float64).where(ids_M > 0, math.nan),
         },
         min_count=min_count,
         conventions={
