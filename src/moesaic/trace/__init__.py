@@ -22,6 +22,7 @@ from moesaic.trace.counts import (
     LayerCounts,
     RoutingCounts,
 )
+from moesaic.trace.counts_file import load_counts, save_counts
 from moesaic.trace.facts import (
     facts_of,
 )
@@ -76,6 +77,7 @@ from moesaic.trace.metrics import (
     router_saturation,
     routing_deviation,
     saturation_over,
+    summarise,
     token_clusters,
     top_tokens,
     vocabulary_specialisation,
@@ -193,6 +195,7 @@ __all__ = [
     "inner_balance",
     "layer_flow",
     "load_balance",
+    "load_counts",
     "load_shares",
     "make_report",
     "match_experts",
@@ -209,6 +212,8 @@ __all__ = [
     "router_statistics",
     "routing_deviation",
     "saturation_over",
+    "save_counts",
+    "summarise",
     "to_routed_experts",
     "token_clusters",
     "tokenizer_fingerprint",

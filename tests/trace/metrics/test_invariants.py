@@ -40,11 +40,8 @@ def numbers(log: Log) -> list[float]:
         for group in GROUPS
         for first in (False, True)
         for metric in (routing_deviation, group_information)
-        for value in (
-            metric(layer, group, first=first).value,
-            metric(layer, group, first=first).reference,
-            *metric(layer, group, first=first).values.values(),
-        )
+        for result in [metric(layer, group, first=first)]
+        for value in (result.value, result.reference, *result.values.values())
     ]
     found += [load_balance(layer).value, domain_specialisation(layer).value, coactivation_table(layer).value]
     found += [vocabulary_specialisation(layer, ids=ids, chance=False).value for ids in ("token", "next")]

@@ -24,6 +24,7 @@ from moesaic.trace.metrics.matching import ExpertMatch, match_experts, renumbere
 from moesaic.trace.metrics.result import Band, MetricResult
 from moesaic.trace.metrics.saturation import router_saturation, saturation_over
 from moesaic.trace.metrics.similarity import expert_outputs, hidden_states, output_similarity, weight_similarity
+from moesaic.trace.metrics.summary import summarise
 from moesaic.trace.metrics.tokens import TokenShare, token_clusters, top_tokens
 from moesaic.trace.metrics.vocabulary import vocabulary_specialisation
 
@@ -66,6 +67,7 @@ __all__ = [
     "router_saturation",
     "routing_deviation",
     "saturation_over",
+    "summarise",
     "token_clusters",
     "top_tokens",
     "vocabulary_specialisation",

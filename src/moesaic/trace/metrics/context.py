@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, TraceError
 from moesaic.trace.metrics.result import MetricResult
 from moesaic.trace.metrics.saturation import aligned_rows, alike, overlap
 from moesaic.trace.rows import RoutingLog
@@ -47,7 +47,7 @@ def context_change(
         min_count: rows of the table have at least so many tokens.
 
     Raises:
-        ConfigError: if the logs have different layers, experts or positions, or no token was replaced.
+        TraceError: if the logs have different layers, experts or positions, or no token was replaced.
     """
     if by not in ("distance", "token"):
         raise ConfigError("by", by, "is not one of the choices", "choose 'distance' or 'token'")
@@ -58,8 +58,8 @@ def context_change(
         found[layer].add(document_T, token_T, other_T, choice_TK, other_TK, special, by)
     for layer, sums in found.items():
         if not sums.replaced:
-            raise ConfigError(
-                "changed", "trace", f"has the same tokens in layer {layer}", "change the text before them"
+            raise TraceError(
+                f"layer {layer}: both traces have the same tokens; change the text before those to compare"
             )
     return {layer: found[layer].result(layer, *facts[layer], by=by, min_count=min_count) for layer in facts}
 

@@ -95,7 +95,8 @@ def nulls_by_frequency(counts: LayerCounts, *, buckets: int = 5, min_count: int 
         )
     columns = list(zip(*rows, strict=True)) or [()] * 5
     names = ("least", "most", "count", "value", "experts")
-    table = {name: torch.tensor(values) for name, values in zip(names, columns, strict=True)}
+    kinds = (*(torch.int64,) * 3, *(torch.float64,) * 2)
+    table = {name: torch.tensor(values, dtype=kind) for name, values, kind in zip(names, columns, kinds, strict=True)}
     return MetricResult(
         metric="null_share_by_frequency",
         layer=counts.layer,

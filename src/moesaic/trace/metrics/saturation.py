@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.errors import ConfigError
+from moesaic.errors import TraceError
 from moesaic.trace.metrics.bootstrap import band_of, block_weights
 from moesaic.trace.metrics.result import MetricResult
 from moesaic.trace.neighbours import Aligned
@@ -43,14 +43,16 @@ def router_saturation(
         replicates: bootstrap draws for the band, over blocks of documents.
 
     Raises:
-        ConfigError: if the logs have different layers or experts, or are not of the same text.
+        TraceError: if the logs have different layers, experts or tokenizers, or are not of the same text.
     """
     facts = alike(log, final, layers)
     sums = {layer: np.zeros((_BLOCKS, 3)) for layer in facts}
     special = np.array(sorted(exclude), dtype=np.int64)
     for layer, document_T, token_T, other_T, choice_TK, other_TK in aligned_rows(log, final, facts):
         if not np.array_equal(token_T, other_T):
-            raise ConfigError("final", "trace", "is of other tokens than the first", "trace both on the same text")
+            raise TraceError(
+                f"layer {layer}: the traces have different tokens; trace both checkpoints on the same text"
+            )
         kept_T = ~np.isin(token_T, special)
         overlap_T, first_T = overlap(choice_TK, other_TK), choice_TK[:, 0] == other_TK[:, 0]
         block_T = document_T[kept_T] % _BLOCKS
@@ -85,7 +87,7 @@ def alike(log: RoutingLog, other: RoutingLog, layers: Collection[int] | None = N
     """K and M of the layers of both logs.
 
     Raises:
-        ConfigError: if they do not have the same.
+        TraceError: if they do not have the same, or were made with different tokenizers.
     """
     found = [
         {
@@ -96,8 +98,15 @@ def alike(log: RoutingLog, other: RoutingLog, layers: Collection[int] | None = N
         for header in (log.header, other.header)
     ]
     if found[0] != found[1] or not found[0]:
-        raise ConfigError(
-            "layers", found[1], f"are not those of the other trace ({found[0]})", "compare traces of one architecture"
+        raise TraceError(
+            f"the traces have other layers or experts and nulls: {found[0]} and {found[1]}; compare traces of one "
+            "architecture"
+        )
+    tokenizers = (log.header.tokenizer, other.header.tokenizer)
+    if all(tokenizers) and tokenizers[0] != tokenizers[1]:
+        raise TraceError(
+            f"the traces were made with different tokenizers, with the fingerprints {tokenizers[0]} and "
+            f"{tokenizers[1]}; trace both with one"
         )
     return {
         index: (max(log.header.layers[index].top_k, other.header.layers[index].top_k), sum(columns))
@@ -113,7 +122,7 @@ def aligned_rows(
     Tokens are the same where document and position are. Both logs are read side by side, in turn.
 
     Raises:
-        ConfigError: if the logs share no tokens, or one has tokens that the other lacks.
+        TraceError: if the logs share no tokens, or one has tokens that the other lacks.
     """
     aligned = {layer: Aligned() for layer in layers}
     streams = [iter(log.rows(layers)), iter(other.rows(layers))]
@@ -133,8 +142,9 @@ def aligned_rows(
                 yield rows.layer, document_T, token_T, other_T, choice_TK, other_TK
     left = [sum(sides) for sides in zip(*(pairs.left for pairs in aligned.values()), strict=True)]
     if not found or any(left):
-        raise ConfigError(
-            "final", "trace", f"lacks {left[0]} rows of the first, which lacks {left[1]} of it", "trace the same text"
+        raise TraceError(
+            f"the traces are not of the same documents and positions: the second lacks {left[0]} rows of the first, "
+            f"which lacks {left[1]} of the second; trace the same text in the same order"
         )
 
 
