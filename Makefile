@@ -55,6 +55,6 @@ clean: ## remove the environment, caches and built files; runs/ stays
 
 .venv/.installed-dev: .venv/.created $(REQUIREMENTS)
 	@echo "Installing moesaic with its development tools into .venv (the first time takes minutes)"
-	$(INSTALL) ".[train,lora,plots,eval,docs,dev]"
+	$(INSTALL) ".[train,lora,plots,analysis,eval,docs,dev]"
 	$(DEEPSPEED) || echo "DeepSpeed can't be installed here: tests that compare with it will be skipped"
 	@touch $@ .venv/.installed-demo

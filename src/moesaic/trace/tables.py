@@ -104,7 +104,7 @@ class SparseTable:
         key_P, count_P = np.unique(key_S, return_counts=True)
         self._new.append((key_P >> 1, count_P, np.where(key_P & 1, 0, count_P)))
         self._waiting += len(key_P)
-        if self._waiting > max(_LEAST_MERGE, len(self._table[0])):
+        if self._waiting > max(_LEAST_MERGE, len(self._table[0]) // 4):
             self._merge()
 
     def counts(self) -> GroupCounts:
