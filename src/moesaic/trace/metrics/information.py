@@ -12,7 +12,7 @@ from moesaic.trace.group_counts import GroupCounts
 from moesaic.trace.metrics.deviation import shares
 from moesaic.trace.metrics.result import MetricResult
 
-_MANY = 16.0
+_MANY = 32.0
 """Where a column is expected more often in a group, the entropy is expanded to second order, within 1 % of its bias."""
 
 
@@ -28,7 +28,7 @@ def group_information(
     The reference is the mean over all permutations of the labels: finite groups always look a little alike, the more the
     smaller they are. It is computed, not sampled: under a permutation the tokens of a group of m that choose column e
     are hypergeometric, so E[H(f_g)] is a sum over columns: exact where all tokens have K selections and a column is
-    expected at most 16 times in the group, to second order above. `values`: "entropy" H(f_all), "conditional" sum_g w_g H(f_g), "excess" NMI - reference, and
+    expected at most 32 times in the group, to second order above. `values`: "entropy" H(f_all), "conditional" sum_g w_g H(f_g), "excess" NMI - reference, and
     "ratio" NMI / reference. The table holds "count" and H(f_g) ("value").
 
     Args:
