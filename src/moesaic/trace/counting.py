@@ -67,7 +67,7 @@ def count(
         tables=frozenset(tables) - (frozenset() if predicted_T is not None else {"predicted"}),
         exclude=np.array(sorted(exclude), dtype=np.int64),
         position_buckets=positions or _buckets(_POSITION_CELLS // columns, _MOST_BUCKETS),
-        drop_buckets=positions or _buckets(_DROP_CELLS // (len(facts) * len(log.header.domains) * blocks), 256),
+        drop_buckets=positions or _buckets(_DROP_CELLS // max(len(facts) * len(log.header.domains) * blocks, 1), 256),
         blocks=blocks,
         max_pairs=max(max_pairs // max(len(facts), 1), 2),
         predicted_T=None if predicted_T is None else predicted_T.numpy(),
