@@ -10,7 +10,7 @@ import torch
 from tests.trace.models import tiny_model
 from tests.trace.report.reading import SyntheticLog, Tokenizer, make_trace
 
-from moesaic.errors import ConfigError
+from moesaic.errors import TraceError
 from moesaic.trace import RoutingTrace, count, record
 from moesaic.trace.metrics import (
     domain_specialisation,
@@ -146,9 +146,9 @@ def test_models_of_other_shape_are_compared_by_layer_only():
 
 
 def test_traces_of_other_text_or_shape_are_refused():
-    with pytest.raises(ConfigError, match=r"trace both on the same text|trace the same text"):
+    with pytest.raises(TraceError, match=r"trace both checkpoints on the same text|trace the same text"):
         make_report(trace_of(), title="x", checkpoints=[Named("a", trace_of(lengths=(30,)), 1)])
-    with pytest.raises(ConfigError, match="compare traces of one architecture"):
+    with pytest.raises(TraceError, match="compare traces of one"):
         make_report(trace_of(), title="x", checkpoints=[Named("a", SyntheticLog(layers=2, experts=9, top_k=2), 1)])
 
 

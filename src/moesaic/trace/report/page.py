@@ -114,7 +114,8 @@ def make_report(
     """Everything that a routing report says; see `write_report`, which writes it as a page.
 
     Raises:
-        ConfigError: if the trace holds no tokens, or only counts, or other traces do not fit it.
+        ConfigError: if the trace holds no tokens, or only counts.
+        TraceError: if other traces do not fit it.
     """
     subject = Subject(
         log=log,
@@ -164,7 +165,8 @@ def write_report(path: str | Path, log: RoutingLog, accounting: Accounting | Non
         The path.
 
     Raises:
-        ConfigError: if the trace holds no tokens, or only counts, or other traces do not fit it.
+        ConfigError: if the trace holds no tokens, or only counts.
+        TraceError: if other traces do not fit it.
         OSError: if the file can't be written.
     """
     write_text(path, make_report(log, accounting, **options).to_html())
