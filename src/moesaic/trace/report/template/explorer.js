@@ -79,14 +79,21 @@
     const layers = layersShown();
     const tinted = new Map(layers.map((layer) => [layer, state.colour === "expert" ? tints(state.text, layer) : null]));
     const numbered = part("numbers").checked && state.layer >= 0;
+    const measure = (token) =>
+      state.colour === "weight"
+        ? mean(layers.map((layer) => picks(state.text, layer, token)[0]?.weight ?? 0))
+        : mean(layers.map((layer) => entropyOf(state.text, layer, token)));
+    const values = state.colour === "expert" ? [] : spans.map((_, token) => measure(token));
+    const [least, most] = [Math.min(...values), Math.max(...values)];
+    // Dark is a clear choice: a large weight, or a small entropy.
+    const clear = (value) => (state.colour === "weight" ? value - least : most - value) / (most - least || 1);
     spans.forEach((span, token) => {
       const all = layers.map((layer) => picks(state.text, layer, token));
       const first = all.map((found) => found[0]);
       span.lastChild?.nodeName === "SMALL" && span.lastChild.remove();
       span.lastChild?.nodeName === "I" && span.lastChild.remove();
       span.style.background = "";
-      if (state.colour === "weight") span.style.background = shade(mean(first.map((pick) => pick?.share ?? 0)));
-      else if (state.colour === "entropy") span.style.background = shade(1 - mean(layers.map((layer) => entropyOf(state.text, layer, token))));
+      if (state.colour !== "expert") span.style.background = shade(clear(values[token]));
       else {
         const colours = first.map((pick, index) => (pick ? tinted.get(layers[index]).colour.get(pick.expert) ?? OTHERS : "#fff"));
         if (layers.length === 1) span.style.background = colours[0];
@@ -103,21 +110,22 @@
       const off = state.expert !== null && !all[0].some((pick) => pick.expert === state.expert);
       span.classList.toggle("faint", off);
     });
-    legend(layers, tinted);
+    legend(layers, tinted, least, most);
     panel(state.chosen);
     markHits();
   }
 
-  function legend(layers, tinted) {
+  function legend(layers, tinted, least, most) {
     const box = part("legend");
     const held = document.activeElement?.dataset?.legend;
     box.replaceChildren();
     if (state.colour !== "expert") {
-      const low = state.colour === "weight" ? "0" : "undecided";
-      const high = state.colour === "weight" ? "largest weight of the layer" : "decided";
+      const name = state.colour === "weight" ? "Weight of the first expert" : "Entropy";
+      const where = layers.length > 1 ? ", mean of all layers" : "";
+      const [low, high] = state.colour === "weight" ? [least, most] : [most, least];
       const ramp = make("span", { class: "ramp" });
       ramp.style.background = `linear-gradient(to right, ${shade(0)}, ${shade(1)})`;
-      box.append(make("span", { text: low }), ramp, make("span", { text: layers.length > 1 ? `${high}, mean of all layers` : high }));
+      box.append(make("span", { text: `${name}${where}: ${low.toFixed(3)}` }), ramp, make("span", { text: high.toFixed(3) }));
       return;
     }
     if (layers.length > 1) {
