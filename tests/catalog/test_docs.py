@@ -39,6 +39,11 @@ def test_page_of_the_catalogue_shows_every_entry_with_its_page() -> None:
     assert all(f"| `{record.name}` | " in page for record in models())
 
 
+def test_readme_counts_right() -> None:
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    assert f"{len(mechanisms())} mechanisms and {len(models())} published models" in readme
+
+
 def test_a_page_without_markers_is_refused() -> None:
     with pytest.raises(ConfigError, match="has no markers in it"):
         filled("# A page")
