@@ -165,8 +165,8 @@ def fails_together(run: RunConfig, output: Path, cache: Path) -> str:
     """The error of a training in which the loss of one rank is not finite."""
     objective = loop.language_model_objective
 
-    def broken(model: Any, inputs: Any, num_items: int) -> Any:
-        found = objective(model, inputs, num_items)
+    def broken(model: Any, inputs: Any, num_items: int, output_z_loss: float) -> Any:
+        found = objective(model, inputs, num_items, output_z_loss)
         bad = Process.of_environment().rank == 1
         return replace(found, cross_entropy=found.cross_entropy * (math.nan if bad else 1))
 

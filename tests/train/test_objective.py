@@ -58,3 +58,22 @@ def test_shares_of_ragged_micro_batches_add_up(data, ragged, moe):
         split, split_gradients = losses_and_gradients(sizes)
         assert split == pytest.approx(whole, abs=1e-6)
         torch.testing.assert_close(split_gradients, whole_gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("moe", [True, False])
+def test_output_z_loss_is_over_predicted_tokens_of_the_whole_step(data, ragged, moe):
+    model = build_model(tiny_run(data.config, moe=moe), data.tokenizer).train()
+    items = predicted_tokens([ragged])
+    plain = language_model_objective(model, ragged, items)
+    objective = language_model_objective(model, ragged, items, 0.5)
+    z_BS = model(ragged["input_ids"]).logits[:, :-1].logsumexp(-1).square()
+    expected = 0.5 * z_BS[ragged["labels"][:, 1:] != -100].mean()
+    assert objective.aux_losses["output_z_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert objective.cross_entropy.item() == pytest.approx(plain.cross_entropy.item(), rel=1e-6)
+    assert objective.loss.item() == pytest.approx(plain.loss.item() + expected.item(), rel=1e-6)
+    halves = [
+        language_model_objective(model, {k: v[rows] for k, v in ragged.items()}, items, 0.5)
+        for rows in (slice(0, 1), slice(1, 4))
+    ]
+    total = sum(half.aux_losses["output_z_loss"].item() for half in halves)
+    assert total == pytest.approx(expected.item(), rel=1e-5)

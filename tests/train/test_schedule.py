@@ -7,10 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.errors import ConfigError
-from moesaic.train import ConstantSchedule, CosineSchedule, StepSchedule, TrainConfig, WSDSchedule
+from moesaic.train import (
+    ConstantSchedule,
+    CosineSchedule,
+    InverseSquareRootSchedule,
+    StepSchedule,
+    TrainConfig,
+    WSDSchedule,
+)
 
 
-@pytest.mark.parametrize("kind", [CosineSchedule, WSDSchedule, StepSchedule, ConstantSchedule])
+@pytest.mark.parametrize(
+    "kind", [CosineSchedule, WSDSchedule, StepSchedule, InverseSquareRootSchedule, ConstantSchedule]
+)
 def test_warm_up_rises_linearly_to_the_peak(kind):
     schedule = kind(warmup_steps=4)
     assert [schedule.factor(step, 100) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
@@ -33,7 +42,7 @@ def test_wsd_is_stable_then_decays(decay, shape):
 
 
 @given(
-    kind=st.sampled_from([CosineSchedule, WSDSchedule, StepSchedule, ConstantSchedule]),
+    kind=st.sampled_from([CosineSchedule, WSDSchedule, StepSchedule, InverseSquareRootSchedule, ConstantSchedule]),
     steps=st.integers(1, 300),
     data=st.data(),
 )
@@ -64,3 +73,12 @@ def test_default_warm_up_is_a_twentieth_of_the_run():
 def test_warm_up_longer_than_the_run_is_refused_by_name():
     with pytest.raises(ConfigError, match=r"train\.schedule\.warmup_steps = 50 .* run of 50 steps; choose 0 to 49"):
         TrainConfig.from_dict({"steps": 50, "schedule": {"type": "wsd", "warmup_steps": 50}}, where="train")
+
+
+def test_inverse_square_root_is_a_plateau_first() -> None:
+    """OpenMoE and T5: 0.01 = 1 / sqrt(10000) for 10,000 steps, then 1 / sqrt(step)."""
+    schedule = InverseSquareRootSchedule(warmup_steps=0)
+    for step in (1, 5_000, 10_000, 10_001, 40_000, 500_000):
+        factor = schedule.factor(step - 1, 500_000)
+        assert 0.01 * factor == pytest.approx(1 / max(step, 10_000) ** 0.5, rel=1e-12)
+    assert InverseSquareRootSchedule(warmup_steps=4, plateau_steps=8).factor(1, 100) == 0.5

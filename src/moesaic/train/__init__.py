@@ -13,7 +13,14 @@ from moesaic.train.loop import Trainer, TrainResult, train
 from moesaic.train.metrics import StepMetrics, read_metrics
 from moesaic.train.model import build_model
 from moesaic.train.run import RunConfig
-from moesaic.train.schedule import ConstantSchedule, CosineSchedule, Schedule, StepSchedule, WSDSchedule
+from moesaic.train.schedule import (
+    ConstantSchedule,
+    CosineSchedule,
+    InverseSquareRootSchedule,
+    Schedule,
+    StepSchedule,
+    WSDSchedule,
+)
 from moesaic.train.stock_balance import Balancer, balance
 from moesaic.train.trace_callback import TraceCallback
 
@@ -25,6 +32,7 @@ __all__ = [
     "ConstantSchedule",
     "CosineSchedule",
     "Evaluation",
+    "InverseSquareRootSchedule",
     "RoutingMetricsCallback",
     "RoutingStepCallback",
     "RunConfig",

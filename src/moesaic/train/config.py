@@ -45,6 +45,8 @@ class TrainConfig(Config):
         weight_decay: decoupled decay of matrices; norms, biases and other vectors are never decayed.
         betas: AdamW's averaging factors.
         epsilon: AdamW's epsilon.
+        output_z_loss: coefficient of mean (log sum exp logits)^2 over predicted tokens, which keeps the output logits small
+            (PaLM, arXiv 2204.02311, section 5; OpenMoE 1e-4); 0 for none.
         gradient_clip: largest gradient norm, over all parameters together; None not to clip.
         accumulation_steps: batches of `data.batch_size` in one optimiser step. The result is that of one batch as large
             as all of them.
@@ -78,6 +80,7 @@ class TrainConfig(Config):
     weight_decay: NonNegativeFloat = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     epsilon: PositiveFloat = 1e-8
+    output_z_loss: NonNegativeFloat = 0.0
     gradient_clip: PositiveFloat | None = 1.0
     accumulation_steps: PositiveInt = 1
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -243,7 +243,8 @@ class Trainer:
         sums = _StepSums()
         for index, batch in enumerate(batches):
             with self._autocast(), self._trace.of(self.step + 1, batch):
-                objective = language_model_objective(self.model, model_inputs(batch, self.model.device), num_items)
+                inputs = model_inputs(batch, self.model.device)
+                objective = language_model_objective(self.model, inputs, num_items, self.config.output_z_loss)
             self.ranks.before_backward(last=index == len(batches) - 1)
             objective.loss.backward()
             sums.add(objective)

@@ -25,7 +25,7 @@ class Objective:
     Attributes:
         loss: to differentiate: cross entropy plus balance losses, scalar.
         cross_entropy: the language-model part, detached.
-        aux_losses: balance losses by name, coefficient included, detached; empty for dense models.
+        aux_losses: balance losses by name, coefficient included, detached, and "output_z_loss" where there is one.
         routing: what the routers did; None for dense models.
     """
 
@@ -53,7 +53,7 @@ def predicted_tokens(batches: Sequence[Mapping[str, Any]]) -> int:
 
 
 def language_model_objective(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], num_items_in_batch: int
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], num_items_in_batch: int, output_z_loss: float = 0.0
 ) -> Objective:
     """Run the model, in training mode, on one micro-batch.
 
@@ -62,9 +62,22 @@ def language_model_objective(
         inputs: as `model_inputs` gives them, (B, S) each; a dense model is not told modalities or tasks.
         num_items_in_batch: predicted tokens of all micro-batches of the optimiser step. All losses are shares of the
             mean over them, so that their sums over micro-batches are those of one large batch.
+        output_z_loss: coefficient of the mean square of log sum exp of the output logits; 0 for none.
     """
     extra = {"output_routing": True} if isinstance(model, MoesaicForCausalLM) else {}
     output = model(**inputs_known_to(model, inputs), num_items_in_batch=num_items_in_batch, use_cache=False, **extra)
     aux_losses = {name: loss.detach() for name, loss in (getattr(output, "aux_losses", None) or {}).items()}
     cross_entropy = output.loss.detach() - sum(aux_losses.values(), start=torch.zeros((), device=output.loss.device))
-    return Objective(output.loss, cross_entropy, aux_losses, getattr(output, "routing", None))
+    loss = output.loss
+    if output_z_loss:
+        z_loss = output_z_loss * _squared_log_sums(output.logits, inputs["labels"]) / num_items_in_batch
+        aux_losses["output_z_loss"], loss = z_loss.detach(), loss + z_loss
+    return Objective(loss, cross_entropy, aux_losses, getattr(output, "routing", None))
+
+
+def _squared_log_sums(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """Sum of (log sum exp logits)^2 over the positions that predict something, in at least float32."""
+    predicts_BS = labels_BS[:, 1:] != _IGNORED_LABEL
+    logits_BSV = logits_BSV[:, :-1]
+    z_BS = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32)).logsumexp(-1).square()
+    return z_BS.masked_fill(~predicts_BS, 0.0).sum()

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from moesaic.configuration import Config
 from moesaic.errors import ConfigError
@@ -124,4 +124,27 @@ class StepSchedule(WarmUp):
         return 1.0
 
 
-Schedule = Annotated[CosineSchedule | WSDSchedule | StepSchedule | ConstantSchedule, Field(discriminator="type")]
+class InverseSquareRootSchedule(WarmUp):
+    """The peak for `plateau_steps`, then peak * sqrt(plateau_steps / step), whatever the length of the run (T5, OpenMoE).
+
+    Both take a peak of 0.01 and 10,000 steps without a rise before, which is 1 / sqrt(max(step, 10000)) (arXiv 1910.10683,
+    section 3.1.2), with Adafactor.
+
+    Attributes:
+        plateau_steps: steps at the peak, the rise included.
+    """
+
+    type: Literal["inverse_sqrt"] = "inverse_sqrt"
+    plateau_steps: PositiveInt = 10_000
+
+    def factor(self, step: int, steps: int) -> float:
+        return super().factor(step, steps) * math.sqrt(self.plateau_steps / max(step + 1, self.plateau_steps))
+
+    def after_warmup(self, step: int, steps: int) -> float:
+        return 1.0
+
+
+Schedule = Annotated[
+    CosineSchedule | WSDSchedule | StepSchedule | InverseSquareRootSchedule | ConstantSchedule,
+    Field(discriminator="type"),
+]
