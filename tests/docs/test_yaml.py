@@ -11,8 +11,10 @@ import yaml
 from markdown_it import MarkdownIt
 from torch.distributed.run import get_args_parser
 
+from moesaic.catalog import preset
 from moesaic.layer import MoESpec
 from moesaic.train import RunConfig
+from moesaic.train.model import check_architecture
 
 ROOT = Path(__file__).parents[2]
 BACKBONE = {"model_type": "llama", "hidden_size": 32}
@@ -85,3 +87,22 @@ def test_there_are_some() -> None:
     assert len(shown()) >= 4
     assert len(fenced("yml")) >= 2
     assert len(fenced("sh")) >= 1
+
+
+def test_recipes_are_runs_that_their_pages_show() -> None:
+    recipes = sorted((ROOT / "docs" / "recipes").glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        text = recipe.read_text(encoding="utf-8")
+        assert text in (ROOT / "docs" / f"{recipe.stem}.md").read_text(encoding="utf-8")
+        run = RunConfig.from_yaml(recipe)
+        check_architecture(run)
+        assert run.data.objective.type == "stages"
+
+
+def test_the_recipe_of_openmoe_has_the_layers_of_the_preset() -> None:
+    run, found = RunConfig.from_yaml(ROOT / "docs" / "recipes" / "openmoe.yaml"), preset("tiny-openmoe")
+    assert run.moe is not None
+    assert run.moe.model_copy(update={"capacity": None}) == found.moe
+    assert isinstance(run.backbone, dict)
+    assert run.backbone.items() <= found.backbone.items()
