@@ -178,3 +178,11 @@ def test_what_does_not_fit_is_named(cli: Cli, trained: Path, tmp_path: Path) -> 
     assert "give the folder of a model, or --trace" in cli("inspect").err
     assert "has no tokens" in cli("inspect", trained, "--prompt", "").err
     assert not (tmp_path / "r.html").exists()
+
+
+def test_a_capacity_is_applied_to_the_picks_afterwards(cli: Cli, trained: Path, tmp_path: Path) -> None:
+    options = ("--max-tokens", "300", "--capacity", "0.5", "--report", tmp_path / "r.html", "--json")
+    tables = json.loads(cli("inspect", trained, *options).out)["routing"]["tables"]
+    # Half of the even share has room for at most half of the picks.
+    assert all(row[1] >= 0.45 for row in tables["drops-by-domain"]["rows"])
+    assert "greater than 0" in cli("inspect", trained, *options[:2], "--capacity", "0", *options[4:]).err

@@ -157,7 +157,7 @@ def test_panels_have_a_strip_for_each_group():
     strips = [str(path.get("d")) for path in element.iter("path") if path.get("class") == "bar"]
     heights = [[float(tall) for tall in re.findall(r"v-?([\d.]+)h", strip)] for strip in strips]
     assert heights[0][1] * 2 == pytest.approx(heights[1][1])  # one scale for all
-    assert {"code", "prose", "even"} <= {text.text for text in element.iter("text")}
+    assert {"code", "prose", "- - even"} <= {text.text for text in element.iter("text")}
 
 
 PLOTS = {

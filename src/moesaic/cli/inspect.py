@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +17,10 @@ from moesaic.data import load_tokenizer
 from moesaic.errors import ConfigError, UnsupportedModel
 from moesaic.files import write_text
 from moesaic.hf import MoesaicForCausalLM, convert
+from moesaic.layer import CapacityConfig
 from moesaic.layer.balance import max_violation
 from moesaic.trace import Accounting, RoutingLog, StatisticsTables, account, check_model, router_statistics, watch_state
+from moesaic.trace.metrics import apply_capacity
 from moesaic.trace.report import Named, Report, make_report
 from moesaic.train import RunConfig
 
@@ -42,6 +43,10 @@ def command(
     compare: Annotated[Path | None, typer.Option(help="Another model, or a trace of the same text.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Folder of a trace to report on instead of reading text.")] = None,
     figures: Annotated[Path | None, typer.Option(help="Folder for every plot as PNG and SVG.")] = None,
+    capacity: Annotated[
+        float | None,
+        typer.Option(help="Show what a capacity of this factor would drop, whatever the model's own does."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Trace about this many tokens of each domain.")] = 20_000,
     context_length: Annotated[int, typer.Option(min=1, help="Context for FLOPs per token.")] = 2048,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer, if it is not the model's.")] = None,
@@ -56,7 +61,7 @@ def command(
 
     Example: moesaic inspect runs/demo/moe --prompt "def main():" --report routing.html
     """
-    wanted = bool(texts or prompts or report or checkpoints or compare or trace or figures)
+    wanted = bool(texts or prompts or report or checkpoints or compare or trace or figures or capacity)
     _check(model, texts, prompts, report, trace, figures, overrides, wanted)
     if model is not None and model.suffix in (".yaml", ".yml"):
         accounting = account(run_on_meta(RunConfig.from_yaml(model, overrides or [])), context_length=context_length)
@@ -71,9 +76,8 @@ def command(
     summary: dict[str, Any] = {} if accounting is None else accounting.to_dict()
     if wanted:
         names = _tokenizer(folder, network, tokenizer)
-        made = _report(
-            model, network, folder, names, accounting, texts, prompts, checkpoints, compare, trace, max_tokens, json
-        )
+        sources = _Sources(model, texts, prompts, checkpoints, compare, trace, capacity, max_tokens, json)
+        made = _report(sources, network, folder, names, accounting)
         path = report or Path("routing.html")
         write_text(path, made.to_html())
         drawn = made.save_figures(figures) if figures is not None else []
@@ -133,91 +137,86 @@ def _tokenizer(
     return None if given is None else load_tokenizer(given)
 
 
+@dataclass(frozen=True)
+class _Sources:
+    """What a report is made from, as given on the command line."""
+
+    model: Path | None
+    texts: list[str] | None
+    prompts: list[str] | None
+    checkpoints: list[Path] | None
+    compare: Path | None
+    trace: Path | None
+    capacity: float | None
+    max_tokens: int
+    quiet: bool
+
+    @property
+    def text(self) -> str:
+        """What was read, for the head of the page."""
+        return ", ".join([*(self.texts or []), *map(repr, self.prompts or [])]) or "held out by the training run"
+
+
 def _report(
-    model: Path | None,
+    sources: _Sources,
     network: PreTrainedModel | None,
     folder: Path | None,
     names: PreTrainedTokenizerBase | None,
     accounting: Accounting | None,
-    texts: list[str] | None,
-    prompts: list[str] | None,
-    checkpoints: list[Path] | None,
-    compare: Path | None,
-    trace: Path | None,
-    max_tokens: int,
-    quiet: bool,
 ) -> Report:
-    facts = {} if model is None else {"model": str(model_folder(model))}
-    statistics, recorder = [], None
+    facts = {} if sources.model is None else {"model": str(model_folder(sources.model))}
+    statistics, recorder = [], Recorder({}, names, sources.quiet)
     log: RoutingLog
-    if trace is not None:
-        log = opened(trace, names)
+    if sources.trace is not None:
+        log = opened(sources.trace, names)
         if network is not None:
             check_model(log, network)
-        facts["trace"] = str(trace)
-        if names is not None:
-            recorder = Recorder({}, names, quiet)
+        facts["trace"] = str(sources.trace)
     else:
         assert network is not None, "it was asked for"
         assert folder is not None, "it comes with the model"
         assert names is not None, "it comes with the model"
-        recorder = Recorder(_batches(network, folder, names, texts, prompts, max_tokens), names, quiet)
+        recorder = Recorder(_batches(sources, network, folder, names), names, sources.quiet)
         with watch_state(network) as influence:
-            log = found = recorder.record(network, str(model))
+            log = found = recorder.record(network, str(sources.model))
         if isinstance(network, MoesaicForCausalLM):
             statistics = router_statistics(network, found, influence)
-        facts["text"] = (
-            ", ".join([*(texts or []), *(["--prompt"] if prompts else [])]) or "held out by the training run"
-        )
+        facts["text"] = sources.text
+    if sources.capacity is not None:
+        log = apply_capacity(log, CapacityConfig(factor=sources.capacity))
+        facts["capacity"] = f"factor {sources.capacity:g}, applied to the picks afterwards"
+    for option, path in _others(sources):
+        if sources.trace is not None and not is_trace(path):
+            raise ConfigError(option, str(path), "is no trace, and there is no text for it to read", "give a trace")
+    earlier = checkpoint_logs(recorder, sources.checkpoints, log, folder) if sources.checkpoints else []
+    other = sources.compare and Named(str(sources.compare), recorder.log_of(sources.compare, "--compare"))
     return make_report(
         log,
         accounting,
-        title=str(model or trace),
+        title=str(sources.model or sources.trace),
         tokenizer=names,
         facts=facts,
         statistics=statistics,
-        checkpoints=_earlier(recorder, checkpoints, log, folder, trace),
-        other=_other(recorder, compare, trace),
+        checkpoints=earlier,
+        other=other,
     )
 
 
+def _others(sources: _Sources) -> list[tuple[str, Path]]:
+    compared = [("--compare", sources.compare)] if sources.compare else []
+    return [*(("--checkpoints", path) for path in sources.checkpoints or []), *compared]
+
+
 def _batches(
-    network: PreTrainedModel,
-    folder: Path,
-    names: PreTrainedTokenizerBase,
-    texts: list[str] | None,
-    prompts: list[str] | None,
-    max_tokens: int,
+    sources: _Sources, network: PreTrainedModel, folder: Path, names: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """What models read, by domain: prompts, and texts or, where there is neither, the held-out text of the run."""
-    found = dict(prompt_batches(prompts or [], names, network))
-    if texts or not prompts:
+    found = dict(prompt_batches(sources.prompts or [], names, network))
+    if sources.texts or not sources.prompts:
         length = sequence_length_for(network)
-        with ExitStack() as stack:
-            given = stack.enter_context(batches_of(texts, names, folder, batch_size=8, sequence_length=length))
-            found |= read_batches(given, max_tokens)
+        with batches_of(sources.texts, names, folder, batch_size=8, sequence_length=length) as given:
+            found |= read_batches(given, sources.max_tokens)
     return found
-
-
-def _earlier(
-    recorder: Recorder | None, checkpoints: list[Path] | None, log: RoutingLog, folder: Path | None, trace: Path | None
-) -> list[Named]:
-    if not checkpoints:
-        return []
-    return checkpoint_logs(_reading(recorder, "--checkpoints", checkpoints[0], trace), checkpoints, log, folder)
-
-
-def _other(recorder: Recorder | None, compare: Path | None, trace: Path | None) -> Named | None:
-    if compare is None:
-        return None
-    return Named(str(compare), _reading(recorder, "--compare", compare, trace).log_of(compare, "--compare"))
-
-
-def _reading(recorder: Recorder | None, option: str, path: Path, trace: Path | None) -> Recorder:
-    """What gives the trace of another model: from its files, if this one is from files."""
-    if trace is not None and not is_trace(path):
-        raise ConfigError(option, str(path), "is no trace, and there is no text for it to read", "give a trace")
-    return recorder if recorder is not None else Recorder({}, None, True)
 
 
 def _summary(made: Report, path: Path, figures: Path | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ LAYERS, EXPERTS = 60, 1000
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    log = SyntheticLog(layers=LAYERS, experts=EXPERTS)
+    log = SyntheticLog(layers=LAYERS, experts=EXPERTS, documents=5)
     begun = time.process_time()
     path = write_report(tmp_path_factory.mktemp("large") / "routing.html", log, title="large", tokenizer=Tokenizer())
     assert time.process_time() - begun < 60

@@ -47,10 +47,11 @@ def panel_chart(plot: Panels, label: str) -> Markup:
         parts.append(_bars(values_C, slot, bar, bottom, scale))
         parts.append(marks.text(marks.LEFT, bottom - _PANEL - 6, name, "start", "axis"))
         if plot.reference is not None:
-            words = plot.reference[1] if not number else ""
             parts += marks.reference_line(
-                (plot.reference[0], words), bottom - plot.reference[0] * scale, marks.LEFT, right
+                (plot.reference[0], ""), bottom - plot.reference[0] * scale, marks.LEFT, right
             )
+            if not number:  # named once, beside the name of the first group
+                parts.append(marks.text(right, bottom - _PANEL - 6, f"- - {plot.reference[1]}", "end", "halo"))
     parts += marks.ticks(plot.names, slot, 30.0, lambda at: (marks.LEFT + at, bottom + 16), "middle")
     parts.append(marks.text((marks.LEFT + plot.width) / 2, bottom + 34, plot.column_title, "middle", "axis"))
     parts.append(marks.vertical(14, (marks.TOP + bottom) / 2, plot.value_title))

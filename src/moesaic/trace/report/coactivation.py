@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from moesaic.trace.counts import LayerCounts
@@ -28,9 +30,13 @@ def _figures(subject: Subject, layer: LayerCounts) -> list[Figure]:
     result = coactivation_table(subject.pairs.layer(layer.layer))
     assert result.matrix_GM is not None, "it is one"
     share_MM, independent = result.matrix_GM.numpy(), result.reference or 0.0
-    order = np.argsort(-np.nan_to_num(share_MM), axis=None, kind="stable")[:PAIRS_SHOWN]
-    pairs = [(int(i), int(j)) for i, j in zip(*np.unravel_index(order, share_MM.shape), strict=True)]
-    shown = _strongest(share_MM)
+    chosen_M = result.table["count"].numpy()
+    enough_M = chosen_M >= subject.min_uses
+    if not enough_M.any():
+        enough_M = chosen_M > 0
+    pairs = _strongest_pairs(np.where(enough_M[:, None], share_MM, np.nan))
+    shown = _shown(pairs, chosen_M)
+    pairs = pairs[:PAIRS_SHOWN]
     names = [str(expert) if expert < layer.num_experts else f"null {expert}" for expert in shown]
     part_MM = share_MM[np.ix_(shown, shown)]
     cut = ""
@@ -62,14 +68,20 @@ def _figures(subject: Subject, layer: LayerCounts) -> list[Figure]:
         Figure(
             f"pairs-layer-{layer.layer}",
             "Strongest pairs",
-            "Pairs of experts, strongest first. Lift: the share over that of even, independent picks.",
+            f"Pairs of experts, strongest first, of experts with at least {subject.min_uses} tokens where there are any. Lift: "
+            "the share over that of even, independent picks.",
             Table(
                 "Strongest pairs of experts",
-                [Column("of the tokens of"), Column("also picked"), Column("share", ".1%"), Column("lift", ".2f")],
                 [
-                    [i, j, float(share_MM[i, j]), float(share_MM[i, j]) / independent if independent else None]
+                    Column("of the tokens of"),
+                    Column("also picked"),
+                    Column("tokens"),
+                    Column("share", ".1%"),
+                    Column("lift", ".2f"),
+                ],
+                [
+                    [i, j, int(chosen_M[i]), float(share_MM[i, j]), float(share_MM[i, j]) / (independent or math.nan)]
                     for i, j in pairs
-                    if share_MM[i, j] > 0
                 ],
             ),
             layer=layer.layer,
@@ -77,7 +89,15 @@ def _figures(subject: Subject, layer: LayerCounts) -> list[Figure]:
     ]
 
 
-def _strongest(share_MM: np.ndarray) -> list[int]:
-    """The experts with the largest maxima, in the order of their numbers."""
-    best_N = np.nan_to_num(share_MM).max(axis=1, initial=0.0)
-    return sorted(np.argsort(-best_N, kind="stable")[:EXPERTS_SHOWN].tolist())
+def _strongest_pairs(share_MM: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs of experts, strongest first; more than are shown, for the choice of experts."""
+    order = np.argsort(-np.nan_to_num(share_MM), axis=None, kind="stable")[: 4 * EXPERTS_SHOWN]
+    return [
+        (int(i), int(j)) for i, j in zip(*np.unravel_index(order, share_MM.shape), strict=True) if share_MM[i, j] > 0
+    ]
+
+
+def _shown(pairs: list[tuple[int, int]], chosen_M: np.ndarray) -> list[int]:
+    """Experts of the strongest pairs, then the most used ones, in the order of their numbers."""
+    ranked = [*(expert for pair in pairs for expert in pair), *np.argsort(-chosen_M, kind="stable").tolist()]
+    return sorted(list(dict.fromkeys(ranked))[:EXPERTS_SHOWN])

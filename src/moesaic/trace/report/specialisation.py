@@ -83,7 +83,7 @@ def _deviation_figure(subject: Subject, results: dict[str, list[MetricResult]]) 
         "(OpenMoE's context-independent specialisation). s_rel measures the distance to the average load instead of to even "
         "use, excess is what s has above its floor.",
         Table("Routing deviation s by layer, with its noise floor", columns, rows),
-        Lines(series, "layer", "mean s"),
+        Lines(_known(series), "layer", "mean s"),
     )
 
 
@@ -115,7 +115,7 @@ def _information_figure(subject: Subject, results: dict[str, list[MetricResult]]
         "nothing, 1 all. Shuffled is the same with labels dealt at random: it is above 0 for small groups and must be "
         "taken off.",
         Table("Normalised mutual information by layer", columns, rows),
-        Lines(series, "layer", "explained share", maximum=1.0 if _largest(series) > 0.5 else None),
+        Lines(_known(series), "layer", "explained share", maximum=1.0 if _largest(series) > 0.5 else None),
     )
 
 
@@ -151,7 +151,7 @@ def _vocabulary_figure(subject: Subject) -> Figure:
         "that of the token itself, routing follows what the model is about to say. Random routing with the same load and as "
         "many uses gives the lowest line.",
         Table("Vocabulary specialisation of the first choice by layer", columns, rows),
-        Lines(series, "layer", "share of the uses", maximum=1.0),
+        Lines(_known(series), "layer", "share of the uses", maximum=1.0),
     )
 
 
@@ -283,6 +283,11 @@ def _plural(group: str) -> str:
 
 def _most(count: int) -> str:
     return f", the first {SHOWN_IDS:,}" if count > SHOWN_IDS else ""
+
+
+def _known(series: list[Series]) -> list[Series]:
+    """Without those that have no value anywhere."""
+    return [item for item in series if np.isfinite(item.y_P).any()]
 
 
 def _largest(series: list[Series]) -> float:
