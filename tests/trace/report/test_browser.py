@@ -148,6 +148,11 @@ def test_a_typed_text_is_found_in_all_texts(page):
     assert page.evaluate("document.activeElement.textContent").startswith("t30")
     page.check("#explorer-filter")
     assert page.locator("#explorer-words [data-token]:visible").count() == 2
+    page.locator("#explorer-words .found").first.click()
+    page.keyboard.press("End")
+    assert page.evaluate("document.activeElement.textContent").startswith("t12")
+    page.keyboard.press("Home")
+    assert page.evaluate("document.activeElement.textContent").startswith("t30")
     page.fill("#explorer-find", "not there")
     assert page.inner_text("#explorer-count") == "0 matches"
     page.fill("#explorer-find", "")

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from moesaic.trace.plots import Plot
 
 SHOWN_CELLS = 2_400
-SHOWN_ROWS = 128
+SHOWN_ROWS = 64
 SHOWN_COLUMNS = 66
 DIGITS = 6
 HALF = 520.0

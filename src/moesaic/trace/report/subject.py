@@ -16,8 +16,8 @@ from moesaic.trace.report.names import TokenNames
 from moesaic.trace.router_statistics import RouterStatistics
 from moesaic.trace.rows import RoutingLog
 
-DETAILED_EXPERTS = 1_536
-FEWEST, MOST = 4, 32
+DETAILED_EXPERTS = 768
+FEWEST, MOST = 4, 16
 TABLES = frozenset({"token", "next", "position", "domain", "turn", "drops"})
 BAND_CELLS = 1 << 20
 FEWEST_BLOCKS = 16

@@ -366,8 +366,8 @@
       ArrowLeft: () => beside(-1),
       ArrowDown: () => below(1),
       ArrowUp: () => below(-1),
-      Home: () => 0,
-      End: () => spans.length - 1,
+      Home: () => spans.findIndex((span) => !span.hidden),
+      End: () => spans.findLastIndex((span) => !span.hidden),
     };
     if (event.key in moves) {
       event.preventDefault();
@@ -396,6 +396,7 @@
   part("filter").addEventListener("change", (event) => {
     state.filter = event.target.checked;
     fillTexts();
+    if (state.filter && hits.length && !hits.some((found) => found.text === state.text)) showText(hits[0].text);
     markHits();
   });
 
