@@ -12,8 +12,9 @@ from tests.train.test_loop import comparable
 from moesaic.data import PreparedData, prepare_data
 from moesaic.errors import ConfigError
 from moesaic.hf import MoesaicForCausalLM
+from moesaic.trace import TraceFile
 from moesaic.train import RunConfig, Trainer, build_model, load_model, train
-from moesaic.train.model import check_architecture
+from moesaic.train.model import check_architecture, objective_of
 
 STAGES = {
     "type": "stages",
@@ -101,3 +102,15 @@ def test_stages_that_a_run_does_not_reach_are_refused_before_text_is_read(corpus
     data = data_config(corpus, tokenizer=TOKENIZER, objective={"type": "stages", "stages": stages})
     with pytest.raises(ConfigError, match=r"data.objective.stages.0.until_step = 8 does not end before the run of 8"):
         check_architecture(tiny_run(data))
+
+
+def test_traces_leave_padding_out(denoised, tmp_path) -> None:
+    run = tiny_run(denoised.config, steps=4, trace={"sample": 1.0})
+    train(run, tmp_path, data=denoised, progress=False)
+    objective = objective_of(run, denoised.tokenizer)
+    batches, real = denoised.train_batches(), 0
+    for step in range(4):
+        batch = objective.batch(next(batches), step=step, steps=4)
+        real += int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
+    trace = TraceFile(tmp_path / "routing.trace")
+    assert sum(len(found.choice_TK) for found in trace.rows()) == real * len(trace.header.layers)
