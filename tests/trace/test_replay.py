@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tests.hf.router_models import extras, inputs, router_model
@@ -16,7 +18,7 @@ from torch import Tensor
 import moesaic
 from moesaic.errors import ConfigError, TraceError, UnsupportedModel, UnsupportedOverride
 from moesaic.hf import MoesaicForCausalLM
-from moesaic.trace import LayerFacts, RoutingTrace, Rows
+from moesaic.trace import LayerFacts, RoutingTrace, Rows, TraceFile
 
 NO_PICKS = {name for name in ROUTERS if name.startswith(("merged", "segment_", "mixture_of", "soft_slots"))}
 NO_WEIGHTS = {"random_skip"}
@@ -195,6 +197,44 @@ def test_a_replay_records_the_trace_again() -> None:
     for one, other in zip(trace.rows(), again.rows(), strict=True):
         assert torch.equal(one.choice_TK, other.choice_TK)
         assert one.dropped_TK is other.dropped_TK is None
+
+
+def test_from_a_file_with_the_documents_of_a_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    texts = [ids(2, 9, seed=seed) for seed in range(3)]
+    for append, text in enumerate(texts):  # a part for each
+        with moesaic.record(model, tmp_path / "texts.trace", append=bool(append)), torch.no_grad():
+            model(text)
+    read: list[int] = []
+    read_row_group = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "read_row_group",
+        lambda file, group, **given: read.append(1) or read_row_group(file, group, **given),
+    )
+    changed, trace = other_gates(model), TraceFile(tmp_path / "texts.trace")
+    groups = sum(part.metadata.num_row_groups for part in trace.parts)
+    with moesaic.replay(changed, trace, weights="trace", documents=[5, 4]):
+        assert len(read) == groups // 3
+        torch.testing.assert_close(changed(texts[2].flip(0)).logits, model(texts[2].flip(0)).logits, **close)
+    with moesaic.replay(changed, trace):
+        assert len(read) == groups // 3 + groups
+        for text in texts:
+            changed(text)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_compiled_model_leaves_its_graph_for_the_picks() -> None:
+    model = tiny_model()
+    trace, output = recorded(model, input_ids=ids())
+    changed = other_gates(model)
+    compiled = torch.compile(changed, backend="eager")
+    with torch.no_grad():
+        own = compiled(ids()).logits
+        with moesaic.replay(changed, trace, weights="trace"):
+            torch.testing.assert_close(compiled(ids()).logits, output.logits, **close)
+        assert torch.equal(compiled(ids()).logits, own)
+    torch.compiler.reset()
 
 
 # --- The block itself -------------------------------------------------------------------------------------------------

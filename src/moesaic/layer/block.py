@@ -12,6 +12,7 @@ from moesaic.layer.depth import Passing
 from moesaic.layer.dispatch import LOCAL, Dispatch
 from moesaic.layer.experts import ActivationName, Experts
 from moesaic.layer.load import LayerLoad
+from moesaic.layer.override import overridden
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers import Router
 from moesaic.layer.routers.base import fill_buffer
@@ -164,7 +165,7 @@ class MoEBlock(nn.Module):
         """What the router decides, what an override makes of it, and what a capacity leaves of that."""
         routing = self.gate(x_TD, context)
         if context is not None and context.override is not None:
-            routing = context.override(self.layer, self.gate, routing, context)
+            routing = overridden(self.layer, self.gate, routing, context)  # pyright: ignore[reportCallIssue] torch types its decorator loosely
             if routing.dropped_TK is not None:
                 renormalize = self.capacity is not None and self.capacity.renormalize
                 return drop_picks(routing, routing.dropped_TK, renormalize=renormalize)
@@ -193,6 +194,8 @@ class MoEBlock(nn.Module):
         """The most tokens that an expert gets; None where nothing limits that, or where tokens stay here."""
         if self.capacity is None or self.dispatch is LOCAL:
             return None
+        if context is not None and context.override is not None:
+            return None  # it may leave the capacity out
         batch = 1 if context is None else context.batch_size
         length = routing.index_TK.shape[0] // batch
         return self.capacity.most(batch, length, routing.num_experts, routing.top_k, self.training)

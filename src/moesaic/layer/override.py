@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from moesaic.layer.record import Routing, RoutingContext
@@ -42,7 +43,7 @@ OverrideFactory = Callable[[RoutingContext, int], RoutingOverride]
 """Makes the override of a forward pass, before any layer runs, from its context and the number of its tokens T."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Overrides:
     """Several overrides: each gets what the one before it returned."""
 
@@ -54,10 +55,17 @@ class Overrides:
         return routing
 
     @classmethod
+    @torch.compiler.disable  # it looks tokens up on the host
     def made(cls, factories: Sequence[OverrideFactory], context: RoutingContext, num_tokens: int) -> RoutingOverride:
         """The override of a forward pass, from those who make one."""
         parts = [factory(context, num_tokens) for factory in factories]
         return parts[0] if len(parts) == 1 else cls(parts)
+
+
+@torch.compiler.disable
+def overridden(layer: int, router: Router, routing: Routing, context: RoutingContext) -> Routing:
+    """What the override of `context` makes of a routing; compiled models leave their graph for it."""
+    return routing if context.override is None else context.override(layer, router, routing, context)
 
 
 def routing_at(

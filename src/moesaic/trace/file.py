@@ -8,12 +8,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from torch import nn
 
 from moesaic.errors import TraceError
 from moesaic.trace.checks import check_model, check_tokenizer
 from moesaic.trace.header import TraceHeader
-from moesaic.trace.parquet import columns_of, to_rows
+from moesaic.trace.parquet import columns_of, schema, to_rows
 from moesaic.trace.parts import Part, damaged, joined_header, part_files, read_part
 from moesaic.trace.rows import Rows
 
@@ -52,12 +53,18 @@ class TraceFile:
         return sum(part.facts.rows for part in self.parts)
 
     def rows(
-        self, layers: Collection[int] | None = None, *, weights: bool = True, scores: bool = True
+        self,
+        layers: Collection[int] | None = None,
+        *,
+        documents: Collection[int] | None = None,
+        weights: bool = True,
+        scores: bool = True,
     ) -> Iterator[Rows]:
-        """Every row once; see `RoutingLog`. Row groups of other layers are not read.
+        """Every row once; see `RoutingLog`. Row groups of other layers and documents are not read.
 
         Args:
             layers: only these layers; None for all.
+            documents: only these documents; None for all.
             weights: read the weights. Without them `weight_TK` is NaN, and reading takes a fifth of the time.
             scores: read the scores, if the trace has them.
 
@@ -67,23 +74,38 @@ class TraceFile:
         numbers = {name: number for number, name in enumerate(self.header.domains)}
         top_k = {index: facts.top_k for index, facts in self.header.layers.items()}
         names = columns_of(weights=weights, scores=scores and self.header.has_scores)
-        for table in self.tables(names, layers):
+        wanted_D = None if documents is None else torch.tensor(sorted(set(documents)), dtype=torch.int64)
+        for table in self.tables(names, layers, documents):
             for rows in to_rows(table, numbers, top_k, weights=weights):
-                if layers is None or rows.layer in layers:
+                if layers is not None and rows.layer not in layers:
+                    continue
+                if wanted_D is not None:
+                    rows = rows[torch.isin(rows.tokens.document_T, wanted_D)]
+                if len(rows):
                     yield rows
 
-    def tables(self, columns: list[str] | None = None, layers: Collection[int] | None = None) -> Iterator[pa.Table]:
+    def tables(
+        self,
+        columns: list[str] | None = None,
+        layers: Collection[int] | None = None,
+        documents: Collection[int] | None = None,
+    ) -> Iterator[pa.Table]:
         """The row groups as Arrow tables, for other tools.
 
         Args:
             columns: names of columns; None for all.
             layers: leave out row groups that have none of these layers.
+            documents: leave out row groups that have none of these documents.
 
         Raises:
             TraceError: if a part turns out to be damaged.
         """
         for part in self.parts:
-            groups = [group for group in range(part.metadata.num_row_groups) if _has_layer(part, group, layers)]
+            groups = [
+                group
+                for group in range(part.metadata.num_row_groups)
+                if _may_have(part, group, "layer", layers) and _may_have(part, group, "document", documents)
+            ]
             if not groups:
                 continue
             try:
@@ -102,13 +124,14 @@ class TraceFile:
         check_tokenizer(self, tokenizer)
 
 
-def _has_layer(part: Part, group: int, layers: Collection[int] | None) -> bool:
-    if layers is None:
+def _may_have(part: Part, group: int, column: str, values: Collection[int] | None) -> bool:
+    """Whether a row group may have one of the values, by what is written of the column's least and largest."""
+    if values is None:
         return True
-    statistics = part.metadata.row_group(group).column(_LAYER_COLUMN).statistics
+    statistics = part.metadata.row_group(group).column(_PLACES[column]).statistics
     if statistics is None or not statistics.has_min_max:
         return True
-    return any(statistics.min <= layer <= statistics.max for layer in layers)
+    return any(statistics.min <= value <= statistics.max for value in values)
 
 
-_LAYER_COLUMN = 1
+_PLACES = {name: place for place, name in enumerate(schema(has_scores=False).names)}

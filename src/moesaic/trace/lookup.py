@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.errors import TraceError
+from moesaic.trace.file import TraceFile
 from moesaic.trace.header import TraceHeader
 from moesaic.trace.rows import NOTHING, RoutingLog, Rows
 
@@ -38,7 +39,7 @@ class TraceLookup:
 
     Args:
         log: the trace, read once.
-        documents: only these documents; None for all.
+        documents: only these documents; None for all. Of a `TraceFile` only their parts are read.
         weights: keep the weights.
 
     Attributes:
@@ -51,16 +52,11 @@ class TraceLookup:
 
     def __init__(self, log: RoutingLog, *, documents: Collection[int] | None = None, weights: bool = False) -> None:
         self.header: TraceHeader = log.header
-        wanted_D = None if documents is None else torch.tensor(sorted(set(documents)), dtype=torch.int64)
         parts: dict[int, list[_Bare]] = {}
         keys: dict[int, list[Tensor]] = {}
         tokens: list[Tensor] = []
         first = min(self.header.layers, default=None)
-        for rows in log.rows():
-            if wanted_D is not None:
-                rows = rows[torch.isin(rows.tokens.document_T, wanted_D)]
-            if not len(rows):
-                continue
+        for rows in _rows(log, documents, weights=weights):
             keys.setdefault(rows.layer, []).append(_key(rows.tokens.document_T, rows.tokens.position_T))
             parts.setdefault(rows.layer, []).append(_bare(rows, weights=weights))
             if rows.layer == first:
@@ -119,6 +115,18 @@ class TraceLookup:
             f"the trace has no picks for document {document}, position {position} (layer {layer}): {reason}; replay the "
             "texts that were recorded, and name their documents with `documents` if they come in another order"
         )
+
+
+def _rows(log: RoutingLog, documents: Collection[int] | None, *, weights: bool) -> Iterator[Rows]:
+    if isinstance(log, TraceFile):
+        yield from log.rows(documents=documents, weights=weights, scores=False)
+        return
+    wanted_D = None if documents is None else torch.tensor(sorted(set(documents)), dtype=torch.int64)
+    for rows in log.rows():
+        if wanted_D is not None:
+            rows = rows[torch.isin(rows.tokens.document_T, wanted_D)]
+        if len(rows):
+            yield rows
 
 
 def _key(document_T: Tensor, position_T: Tensor) -> Tensor:

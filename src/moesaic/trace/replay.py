@@ -130,7 +130,7 @@ class Replay:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ReplayedPass:
     """The override of one forward pass.
 
