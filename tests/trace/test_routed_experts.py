@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from moesaic.trace import (
     facts_of,
     from_routed_experts,
     to_routed_experts,
+    write_report,
 )
 
 DECODER_LAYERS = 3  # of which the first is dense
@@ -94,6 +96,15 @@ def test_an_imported_trace_is_replayed_with_weights_of_the_router(
     torch.testing.assert_close(output.logits, model(texts()).logits, rtol=1e-5, atol=1e-6)
     with pytest.raises(ConfigError, match='choose weights="router"'), moesaic.replay(model, imported, weights="trace"):
         pass
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_an_imported_trace_is_reported_on(model: MoesaicForCausalLM, trace: RoutingTrace, tmp_path: Path) -> None:
+    arrays = [to_routed_experts(trace, document) for document in range(2)]
+    imported = from_routed_experts(arrays, texts().tolist(), header=facts_of(model))
+    page = write_report(tmp_path / "report.html", imported, title="rollout").read_text(encoding="utf-8")
+    assert "rollout" in page
+    assert "NaN" not in page
 
 
 def test_tokens_that_came_from_a_cache_are_left_out(model: MoesaicForCausalLM, trace: RoutingTrace) -> None:

@@ -136,10 +136,11 @@ def _copy(document: Document, layer: int, start: int, rows: Rows, entropy_T: tor
     document.position_T[here] = rows.tokens.position_T[:size].numpy()
     document.turn_T[here] = rows.tokens.turn_T[:size].numpy()
     document.choice_LTK[layer, here, :width] = rows.choice_TK[:size].numpy()
-    document.weight_LTK[layer, here, :width] = rows.weight_TK[:size].numpy()
+    # Weights that are not known, as of imported traces, are shown as 0.
+    document.weight_LTK[layer, here, :width] = np.nan_to_num(rows.weight_TK[:size].numpy())
     if rows.dropped_TK is not None:
         document.dropped_LTK[layer, here, :width] = rows.dropped_TK[:size].numpy()
-    document.entropy_LT[layer, here] = entropy_T[:size].numpy()
+    document.entropy_LT[layer, here] = np.nan_to_num(entropy_T[:size].numpy())
 
 
 def _entropy(rows: Rows, facts: LayerFacts) -> torch.Tensor:
