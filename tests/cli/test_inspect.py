@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 import moesaic
 from moesaic.cli.models import load
+from moesaic.errors import UnsupportedModel
 from moesaic.train import CheckpointStore
 
 PROMPTS = ("import os", "the other one")
@@ -186,3 +187,17 @@ def test_a_capacity_is_applied_to_the_picks_afterwards(cli: Cli, trained: Path, 
     # Half of the even share has room for at most half of the picks.
     assert all(row[1] >= 0.45 for row in tables["drops-by-domain"]["rows"])
     assert "greater than 0" in cli("inspect", trained, *options[:2], "--capacity", "0", *options[4:]).err
+
+
+def test_a_model_that_cannot_be_counted_is_still_read(
+    cli: Cli, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: object, **options: object) -> None:
+        raise UnsupportedModel("this family is not known")
+
+    monkeypatch.setattr("moesaic.cli.inspect.account", refused)
+    ended = cli("inspect", trained, "--prompt", PROMPTS[0], "--report", tmp_path / "r.html", "--json")
+    assert ended.code == 0
+    assert "Size and cost are left out: this family is not known" in ended.err
+    assert "Size and cost" not in (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert cli("inspect", trained).code == 2

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moesaic.cli.console import Json, Set, emit_json, results
+from moesaic.cli.console import Json, Set, emit_json, errors, results
 from moesaic.cli.models import load, model_folder, run_on_meta, tokenizer_of
 from moesaic.cli.texts import Texts, batches_of, sequence_length_for
 from moesaic.cli.traces import Recorder, checkpoint_logs, is_trace, opened, prompt_batches, read_batches
@@ -123,9 +123,10 @@ def _account(network: PreTrainedModel, context_length: int, *, needed: bool) -> 
     try:
         ours = isinstance(network, MoesaicForCausalLM) or not getattr(network.config, "num_experts_per_tok", None)
         return account(network if ours else convert(network), context_length=context_length)
-    except UnsupportedModel:
+    except UnsupportedModel as error:
         if needed:
             raise
+        errors.print(f"Size and cost are left out: {error}", highlight=False, markup=False)
         return None
 
 
