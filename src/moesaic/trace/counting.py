@@ -41,7 +41,7 @@ def count(
     layers, and one layer of them as much again while they are joined; "position" 25 MB with the default of `positions`;
     "drops" 80 MB; "block" 24 bytes for each of the `blocks`, domain, column and layer; "pairs" 8 bytes for each pair of
     columns and layer, as does "adjacent" (480 MB for 60 layers of 1,000 experts: leave "pairs" out, or count some layers
-    at a time); "flow" as much as a token table at most. 10 million rows of 16 layers of 64 experts take 10 s and 250 MB.
+    at a time); "flow" as much as a token table at most. 10 million rows of 60 layers of 128 experts take 340 MB in all.
 
     Args:
         log: the trace.
