@@ -27,14 +27,15 @@ def coactivation_counts(index_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def coactivation(index_TK: Tensor, num_experts: int) -> Tensor:
-    """C_ij = n_ij / n_i for i != j, 0 on the diagonal, float64 (N, N).
+    """C_ij = n_ij / n_i for i != j, 0 on the diagonal, NaN in rows of experts that nobody picked, float64 (N, N).
 
     Row i reads: of the tokens that picked expert i, the share that also picked j. With K picks for every token each row
     of a used expert sums to K - 1; picks made independently and evenly give (K - 1) / (N - 1) in every cell.
     """
     counts_NN = coactivation_counts(index_TK, num_experts)
-    load_N1 = counts_NN.diagonal().clamp(min=1).unsqueeze(-1)
-    return (counts_NN / load_N1.to(torch.float64)).fill_diagonal_(0.0)
+    load_N1 = counts_NN.diagonal().to(torch.float64).unsqueeze(-1)
+    shares_NN = (counts_NN / load_N1.clamp(min=1)).fill_diagonal_(0.0)
+    return shares_NN.masked_fill(load_N1 == 0, math.nan)
 
 
 def coactivation_table(counts: LayerCounts, *, adjacent_only: bool = False) -> MetricResult:
