@@ -83,7 +83,7 @@ def test_tables_hold_the_numbers_of_the_metrics(page: Page, html: str, trace: Ro
         assert row[6] == str(int((layer.load_N == 0).sum()))
     tables = embedded(html, "numbers")["tables"]
     for index, layer in trace.layers.items():
-        together = coactivation(layer.index_TK, NUM_EXPERTS)
+        together = coactivation(layer.index_TK, NUM_EXPERTS).nan_to_num()  # empty cells
         shown = torch.tensor(
             [[cell or 0.0 for cell in row[1:]] for row in tables[f"coactivation-layer-{index}"]["rows"]],
             dtype=torch.float64,
