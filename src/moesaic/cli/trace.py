@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.filesize import decimal
 from rich.table import Table
 
 from moesaic.cli.console import Json, emit_json, results
@@ -59,7 +60,7 @@ def _print(report: dict[str, Any]) -> None:
         ("model", f"{report['model']} ({report['model_type']}, vocabulary {report['vocab_size']:,})"),
         ("tokenizer", report["tokenizer"] or "not known"),
         ("rows", f"{report['rows']:,} in {len(report['parts'])} parts of {report['processes']} processes"),
-        ("size", f"{report['bytes'] / 2**20:.1f} MB"),
+        ("size", decimal(report["bytes"])),
         ("documents", f"{report['sample']:.0%} of them"),
         ("steps", steps),
         ("domains", domains),
