@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic.cli.console import Json, emit_json, results
 from moesaic.cli.models import load, tokenizer_of
+from moesaic.cli.overrides import Override, routing_of
 from moesaic.cli.texts import Texts, batches_of, sequence_length_for
 from moesaic.cli.tracing import TracePath, TraceSample, labelled, trace_report, traced
 from moesaic.errors import ConfigError
@@ -28,6 +29,7 @@ def command(
         int | None,
         typer.Option(min=2, help="Tokens in a sequence of --text; 256 unless the model has fewer positions."),
     ] = None,
+    override: Override = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer, if it is not the model's.")] = None,
     trace: TracePath = None,
     trace_sample: TraceSample = 1.0,
@@ -42,8 +44,8 @@ def command(
     """
     network, folder = load(model)
     tokens = tokenizer_of(folder, network, tokenizer)
-    report: dict[str, Any] = {}
-    with traced(trace, trace_sample, network, tokens) as recorded:
+    report: dict[str, Any] = {"override": list(override)} if override else {}
+    with routing_of(network, override), traced(trace, trace_sample, network, tokens) as recorded:
         if texts or not tasks:
             length = sequence_length_for(network, sequence_length)
             with batches_of(texts, tokens, folder, batch_size=batch_size, sequence_length=length) as batches:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from moesaic.cli.console import Json, emit_json, errors
 from moesaic.cli.models import load, positions_of, tokenizer_of
+from moesaic.cli.overrides import Override, routing_of
 from moesaic.cli.tracing import TracePath, trace_report, traced
 from moesaic.errors import ConfigError
 from moesaic.hf import MoesaicForCausalLM
@@ -42,6 +43,7 @@ def command(
         int | None,
         typer.Option(min=0, help="Number of the text's task or modality, for routers that look at it (docs: Data)."),
     ] = None,
+    override: Override = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of sampling.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer, if it is not the model's.")] = None,
     trace: TracePath = None,
@@ -61,7 +63,11 @@ def command(
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
     begun = time.perf_counter()
-    with fast_decoding(network), traced(trace, 1.0, network, tokens) as recorded:
+    with (
+        routing_of(network, override),
+        fast_decoding(network),
+        traced(trace, 1.0, network, tokens) as recorded,
+    ):
         output: Any = cast(Any, network).generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],

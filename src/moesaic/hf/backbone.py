@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from typing import Any, cast
 
 import torch
@@ -34,6 +35,18 @@ def take_context(kwargs: dict[str, Any]) -> RoutingContext | None:
     return None if carried is None else carried.context
 
 
+class _Waiting(threading.local):
+    """A context that waits for the block of its layer, of each thread on its own."""
+
+    context: RoutingContext | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Waiting:
+        return _Waiting()
+
+    def __reduce__(self) -> tuple[type[_Waiting], tuple[()]]:
+        return _Waiting, ()
+
+
 class BackboneMoEBlock(MoEBlock):
     """An `MoEBlock` that stock decoder layers can call: they pass hidden states and nothing else.
 
@@ -53,7 +66,23 @@ class BackboneMoEBlock(MoEBlock):
     ) -> None:
         super().__init__(spec, hidden_size, layer, experts, norm)
         self.returns_tuple = returns_tuple
-        self.context: RoutingContext | None = None
+        self._waiting = _Waiting()
+        self._traced: RoutingContext | None = None
+
+    @property
+    def context(self) -> RoutingContext | None:
+        """What waits for the next call."""
+        if torch.compiler.is_compiling():
+            return self._traced
+        found = self._waiting.context
+        return self._traced if found is None else found
+
+    @context.setter
+    def context(self, context: RoutingContext | None) -> None:
+        # Compilers can't trace the storage of threads; hook or block alone may be compiled.
+        self._traced = context
+        if not torch.compiler.is_compiling():
+            self._waiting.context = context
 
     def receive_context(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """Forward pre-hook of the layer's attention: keep the context and take it out of the keywords."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,6 +25,7 @@ from moesaic.hf.families import family_of
 from moesaic.hf.forward import forward_context, num_tokens, positions_after, sequence_weights
 from moesaic.hf.limits import check_needs, check_pipeline, check_vocabulary
 from moesaic.hf.output import MoeCausalLMOutput, MoeModelOutput
+from moesaic.hf.threads import for_this_thread
 from moesaic.layer import MoEBlock, OverrideFactory, Overrides, Router, RoutingContext
 from moesaic.layer.balance import BalanceObjective, Coefficients
 
@@ -106,7 +108,7 @@ class MoesaicModel(MoesaicPreTrainedModel):
         self._draws = "random_numbers" in spec.depends_on(training=True)
         self.gradient_checkpointing = False
         self._listeners: OrderedDict[int, RoutingListener] = OrderedDict()
-        self._overrides: list[OverrideFactory] = []
+        self._overrides: list[tuple[int, OverrideFactory]] = []
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -133,18 +135,20 @@ class MoesaicModel(MoesaicPreTrainedModel):
     def override_routing(self, factory: OverrideFactory) -> Iterator[None]:
         """Change the routing of every forward pass that begins inside this block; see `RoutingOverride`.
 
-        Blocks may be nested: an inner override gets the routing that the outer one made. A backward pass that recomputes
+        Blocks may be nested: an inner override gets the routing that the outer one made. A thread that overrides follows its
+        own overrides only; one that does not follows those of the thread that does. A backward pass that recomputes
         layers after the block meets the override of its forward pass all the same.
 
         Args:
             factory: makes the override of one forward pass.
         """
-        self._overrides = [*self._overrides, factory]
-        before = self._overrides[:-1]
+        entered = (threading.get_ident(), factory)
+        self._overrides = [*self._overrides, entered]
         try:
             yield
         finally:
-            self._overrides = before
+            # Blocks may end in any order, as those of generators do.
+            self._overrides = [other for other in self._overrides if other is not entered]
 
     @can_return_tuple
     def forward(
@@ -189,14 +193,15 @@ class MoesaicModel(MoesaicPreTrainedModel):
         # Before the cache grows; routers are told only what the caller gave.
         given: Tensor = input_ids if input_ids is not None else inputs_embeds  # type: ignore[assignment]
         position_T = None
-        if self._listeners or self._overrides:
+        overrides = for_this_thread(self._overrides) if self._overrides else []
+        if self._listeners or overrides:
             position_T = positions_after(context, given.shape[1], attention_mask, past_key_values)
         if self._draws and self.training:
             # Drawn on the host, which gives the same on every device, and moved once for all layers.
             context.seed = torch.randint(2**62, ()).to(given.device)
-        if self._overrides:
+        if overrides:
             placed = replace(context, position_T=position_T)
-            context.override = Overrides.made(self._overrides, placed, num_tokens(input_ids, inputs_embeds))
+            context.override = Overrides.made(overrides, placed, num_tokens(input_ids, inputs_embeds))
         # capture_outputs of the backbone would look for a recorder of router logits that dense families lack.
         output = self.backbone(
             input_ids=input_ids,

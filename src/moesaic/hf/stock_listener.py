@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,8 +70,8 @@ class StockListener:
         return Handles(handles)
 
 
-class Hearing:
-    """What is known of the forward pass that is under way.
+class Hearing(threading.local):
+    """What is known of the forward pass that is under way, of each thread on its own.
 
     Attributes:
         open: its context; None outside of one.
@@ -80,6 +81,9 @@ class Hearing:
         self._routers, self._listener = routers, listener
         self._given: dict[str, Any] = {}
         self.open: RoutingContext | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hearing:
+        return Hearing(self._routers, self._listener)
 
     def before_outer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Keep what a model around the decoder is given, which may turn ids into embeddings and masks into others."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +19,7 @@ from moesaic.errors import UnsupportedOverride
 from moesaic.hf.forward import num_tokens
 from moesaic.hf.stock_listener import StockListener, named_arguments
 from moesaic.hf.stock_routing import StockRouter
+from moesaic.hf.threads import for_this_thread
 from moesaic.layer import OverrideFactory, Overrides, Router, RoutingContext
 
 
@@ -63,6 +66,16 @@ class _Carried:
         self.context = context
 
 
+class _Here(threading.local):
+    """The contexts that have arrived in layers, of each thread on its own."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, _Carried] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Here:
+        return _Here()
+
+
 class _Overriding:
     """The hooks of one override.
 
@@ -75,8 +88,9 @@ class _Overriding:
     def __init__(self, listener: StockListener, factory: OverrideFactory) -> None:
         self._factory, self._hearing = factory, listener.hearing(lambda context: None)
         self._name = f"routing_override_{id(self)}"
-        self._here: dict[int, _Carried] = {}
-        self._live, self._closed = 0, False
+        self._thread, self._here = threading.get_ident(), _Here()
+        self._live: set[int] = set()
+        self._numbers, self._closed = itertools.count(), False
         self._decoder = listener.decoder
         layers = {layer: _decoder_layer(listener.decoder, router) for layer, router in listener.routers.items()}
         stacks = [*{id(stack): stack for stack, _ in layers.values()}.values()]
@@ -112,8 +126,8 @@ class _Overriding:
             handle.remove()
         self._remove_if_done()
 
-    def _ended(self) -> None:
-        self._live -= 1
+    def _ended(self, number: int) -> None:
+        self._live.discard(number)
         self._remove_if_done()
 
     def _remove_if_done(self) -> None:
@@ -122,6 +136,10 @@ class _Overriding:
                 handle.remove()
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        active = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+        entered = [(other._thread, other) for other in active if isinstance(other, _Overriding)]
+        if self not in for_this_thread(entered):
+            return None
         self._hearing.before_decoder(module, args, kwargs)
         context = self._hearing.open
         if context is None:
@@ -137,26 +155,27 @@ class _Overriding:
                 )
             return None
         carried = _Carried(context)
-        self._live += 1
-        weakref.finalize(carried, self._ended)
+        # An id may be that of a context which is gone; a number of its own never is.
+        self._live.add(number := next(self._numbers))
+        weakref.finalize(carried, self._ended, number)
         return args, {**kwargs, self._name: carried}
 
     def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._hearing.open = None
-        self._here.clear()
+        self._here.layers.clear()
 
     def _before_child(self, layer: int | None, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         carried = kwargs.get(self._name)
         if carried is None:
             return None
         if layer is not None:
-            self._here[layer] = carried
+            self._here.layers[layer] = carried
         return args, {name: value for name, value in kwargs.items() if name != self._name}
 
     def _after_router(
         self, layer: int, router: StockRouter, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
     ) -> Any:
-        carried = self._here.pop(layer, None)
+        carried = self._here.layers.pop(layer, None)
         context = carried.context if carried is not None else None
         if context is None and not self._travels:
             context = self._hearing.open

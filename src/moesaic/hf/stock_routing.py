@@ -29,7 +29,13 @@ from moesaic.layer import (
     TopKConfig,
 )
 from moesaic.layer.capacity import drop_picks
+from moesaic.layer.override import served
 from moesaic.layer.routers.scores import score
+
+
+class Replaced(tuple):
+    """What a stock router returns in the place of its own logits, weights and indices, for hooks that come after."""
+
 
 # Called with the layer and its routing in the place of the block's output, and returns what to put there.
 OnOutput = Callable[[int, Tensor], Tensor]
@@ -109,7 +115,9 @@ class StockRouter:
         """What the stock router is to return in place of `output`, by the override of `context`."""
         overridden = _Overridden(self)
         tensors = {f"router.{name}": tensor for name, tensor in self.tensors().items()}
-        routing: Routing = functional_call(overridden, tensors, (x_TD, output, context))
+        routing: Routing | None = functional_call(overridden, tensors, (x_TD, output, context))
+        if routing is None:
+            return output
         logits, weight_TK, index_TK = output
         # Stock experts can't skip: those of nothing are computed, with weight 0.
         none_TK = routing.index_TK >= self.num_experts
@@ -117,15 +125,16 @@ class StockRouter:
         if self.preset.block_scale is not None:
             new_TK = new_TK / self.preset.block_scale(self.config)
         shape = (*index_TK.shape[:-1], routing.top_k)
-        picks_TK = routing.index_TK.masked_fill(none_TK, 0)
-        return logits, new_TK.to(weight_TK.dtype).reshape(shape), picks_TK.to(index_TK.dtype).reshape(shape)
+        picks_TK = served(routing.index_TK, self.num_experts)
+        return Replaced((logits, new_TK.to(weight_TK.dtype).reshape(shape), picks_TK.to(index_TK.dtype).reshape(shape)))
 
     def _as_made(self, routing: Routing, output: Any) -> Routing:
         if self.preset.call is not None or not isinstance(self.rule, TopKConfig):
             return routing
         # The picks that were made: in low precision the stock router may round otherwise than ours.
         index_TK, weight_TK = self._picks(output, routing.weight_TK.dtype)
-        return replace(routing, index_TK=index_TK, weight_TK=weight_TK)
+        changed = isinstance(output, Replaced)
+        return replace(routing, index_TK=index_TK, weight_TK=weight_TK, overridden=changed)
 
     @torch.no_grad()
     def read(self, x_TD: Tensor, output: Any, context: RoutingContext | None = None) -> Routing:
@@ -178,12 +187,15 @@ class _Overridden(nn.Module):
         super().__init__()
         self.router, self._stock = stock._router, (stock,)
 
-    def forward(self, x_TD: Tensor, output: Any, context: RoutingContext) -> Routing:
+    def forward(self, x_TD: Tensor, output: Any, context: RoutingContext) -> Routing | None:
+        """The routing to use, or None to leave what the router made."""
         (stock,), override = self._stock, context.override
-        routing = stock._as_made(self.router(x_TD, context), output)
+        made = stock._as_made(self.router(x_TD, context), output)
         if override is None:
-            return routing
-        routing = override(stock.layer, self.router, routing, context)
+            return None
+        routing = override(stock.layer, self.router, made, context)
+        if routing is made:
+            return None
         return routing if routing.dropped_TK is None else drop_picks(routing, routing.dropped_TK)
 
 

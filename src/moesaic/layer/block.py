@@ -12,7 +12,7 @@ from moesaic.layer.depth import Passing
 from moesaic.layer.dispatch import LOCAL, Dispatch
 from moesaic.layer.experts import ActivationName, Experts
 from moesaic.layer.load import LayerLoad
-from moesaic.layer.override import overridden
+from moesaic.layer.override import overridden, served
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers import Router
 from moesaic.layer.routers.base import fill_buffer
@@ -182,7 +182,7 @@ class MoEBlock(nn.Module):
         if context is None or context.override is None or getattr(self.experts, "may_skip", False):
             return routing.index_TK, routing.weight_TK
         none_TK = routing.index_TK >= routing.num_experts
-        return routing.index_TK.masked_fill(none_TK, 0), routing.weight_TK.masked_fill(none_TK, 0.0)
+        return served(routing.index_TK, routing.num_experts), routing.weight_TK.masked_fill(none_TK, 0.0)
 
     def _passing(self, x_TD: Tensor, context: RoutingContext | None) -> Passing | None:
         if self.depth is None or self.depth_gate is None:

@@ -68,6 +68,16 @@ def overridden(layer: int, router: Router, routing: Routing, context: RoutingCon
     return routing if context.override is None else context.override(layer, router, routing, context)
 
 
+def served(index_TK: Tensor, num_experts: int) -> Tensor:
+    """Picks for experts that can't skip: where a token has no expert, its first one again, or expert 0 if it has none.
+
+    An expert of its own costs no further weights to be read. The picks must have weight 0.
+    """
+    none_TK = index_TK >= num_experts
+    first_T1 = index_TK.gather(-1, (~none_TK).to(torch.int8).argmax(-1, keepdim=True))
+    return torch.where(none_TK, first_T1.masked_fill(first_T1 >= num_experts, 0), index_TK)
+
+
 def routing_at(
     router: Router,
     routing: Routing,
@@ -104,4 +114,5 @@ def routing_at(
         chosen_TK=choice_TK,
         dropped_TK=dropped_TK,
         identity_weight_T=identity_T,
+        overridden=True,
     )

@@ -35,6 +35,7 @@ class Routing:
         dropped_TK: picks that found their expert full; None without a capacity.
         identity_weight_T: weight with which the token itself is added to the output, from nulls that pass it on.
         skipped_T: real tokens that did not pass the layer at all, if some may not (mixture of depths).
+        overridden: an override has made other picks or weights than the router.
         ragged: tokens have different numbers of picks; K is that of the widest token, and means nothing else.
         assignment: how experts get their input when it is not a token for each pick: slots, or merged experts.
         load_TN: differentiable probability of each column to be selected, where the router has one (noisy top-k); the
@@ -58,6 +59,7 @@ class Routing:
     identity_weight_T: Tensor | None = None
     skipped_T: Tensor | None = None
     ragged: bool = False
+    overridden: bool = False
     assignment: Assignment | None = None
     load_TN: Tensor | None = None
     basis_TN: Tensor | None = None

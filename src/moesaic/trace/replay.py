@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.errors import ConfigError, TraceError, UnsupportedOverride
-from moesaic.hf.overridable import overridable
+from moesaic.hf.overridable import Overridable, overridable
 from moesaic.layer import MoEBlock, Router, Routing, RoutingContext, routing_at
 from moesaic.trace.facts import facts_of
 from moesaic.trace.header import LayerFacts, TraceHeader
@@ -63,6 +63,22 @@ def replay(
     if weights not in ("router", "trace"):
         raise ConfigError("weights", weights, "is not one of the choices", "choose 'router' or 'trace'")
     found = overridable(model)
+    with found.override_routing(replay_of(model, found, trace, weights=weights, documents=documents)):
+        yield
+
+
+def replay_of(
+    model: nn.Module, found: Overridable, trace: RoutingLog, *, weights: Weights, documents: Sequence[int] | None
+) -> Replay:
+    """What makes the override of each forward pass in a replay.
+
+    Args:
+        model: as for `replay`, which says what is refused.
+        found: what `overridable` found in it.
+        trace: as for `replay`.
+        weights: as for `replay`.
+        documents: as for `replay`.
+    """
     for layer, router in found.routers.items():
         _check_router(layer, router, weights)
     _check_depth(model)
@@ -70,8 +86,7 @@ def replay(
     lookup = TraceLookup(trace, documents=documents, weights=weights == "trace")
     if weights == "trace":
         _check_weights(lookup)
-    with found.override_routing(Replay(lookup, found.limited, documents)):
-        yield
+    return Replay(lookup, found.limited, documents)
 
 
 class Replay:

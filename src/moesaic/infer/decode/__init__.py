@@ -1,7 +1,16 @@
-"""Decoding: computing it natively."""
+"""Decoding: computing it natively, and with another routing than the model's own."""
 
 from __future__ import annotations
 
 from moesaic.infer.decode.fast import FastDecoding, fast_decoding
+from moesaic.infer.decode.overrides import OverrideLike, OverrideSpec, ReplayedTrace, check_override, override_routing
 
-__all__ = ["FastDecoding", "fast_decoding"]
+__all__ = [
+    "FastDecoding",
+    "OverrideLike",
+    "OverrideSpec",
+    "ReplayedTrace",
+    "check_override",
+    "fast_decoding",
+    "override_routing",
+]

@@ -90,6 +90,11 @@ class BaseRouterConfig(Config, ABC):
         """Whether an override can give tokens other experts: each token has picks of its own."""
         return True
 
+    @property
+    def unranked(self) -> str | None:
+        """Why `selection_TN` does not say which experts are second best for a token, or None if it does."""
+        return None
+
     @abstractmethod
     def check(self, num_experts: int) -> None:
         """Check against the number of experts.
@@ -178,6 +183,24 @@ class Router(nn.Module, ABC, Generic[ConfigT]):
         some_TK = kept_TK | ~kept_TK.any(-1, keepdim=True)
         weight_TK = self._weigh(routing, choice_TK.masked_fill(~kept_TK, 0), some_TK)
         return weight_TK.masked_fill(~kept_TK, 0.0)
+
+    def admitted(self, routing: Routing) -> Tensor:
+        """Which columns each token may pick (T, M): all but those that the selection masks.
+
+        Args:
+            routing: what `forward` returned for these tokens.
+        """
+        return routing.selection_TN > float("-inf")
+
+    @property
+    def num_columns(self) -> int:
+        """M, the columns that it scores: experts and null experts."""
+        return self.num_experts + int(getattr(self.config, "num_null", 0))
+
+    @property
+    def most_admitted(self) -> int:
+        """The most columns that a token may pick from."""
+        return self.num_columns
 
     @property
     def says_weights(self) -> bool:

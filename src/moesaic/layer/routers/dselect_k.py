@@ -48,6 +48,10 @@ class DSelectKConfig(BaseRouterConfig):
     def provides(self) -> frozenset[str]:
         return frozenset({"selector_entropy", "unreachable"})
 
+    @property
+    def unranked(self) -> str | None:
+        return "selectors name the experts, and all others have score 0"
+
     def check(self, num_experts: int) -> None:
         if num_experts < 2:
             raise ConfigError("type", self.type, f"needs two experts, not num_experts = {num_experts}", "use dense")

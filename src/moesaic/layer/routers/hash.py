@@ -96,6 +96,10 @@ class HashConfig(BaseRouterConfig):
         """Experts that one sequence can reach."""
         return num_experts // (self.num_domains or 1)
 
+    @property
+    def unranked(self) -> str | None:
+        return "a table of token ids names the experts, and ranks no others"
+
     def check(self, num_experts: int) -> None:
         if num_experts % (self.num_domains or 1):
             divisors = [n for n in range(1, num_experts + 1) if num_experts % n == 0]

@@ -105,6 +105,10 @@ class ModalityRouter(Router[ModalityConfig]):
             selection_TN=selection_TN,
         )
 
+    @property
+    def most_admitted(self) -> int:
+        return max(self.config.banks) + self.config.shared
+
     def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
         return self._weights(routing.scores_TN, index_TK, kept_TK)
 

@@ -30,6 +30,10 @@ class PrototypedConfig(BaseRouterConfig):
     num_groups: PositiveInt
     top_k_in_group: PositiveInt = 1
 
+    @property
+    def unranked(self) -> str | None:
+        return "each group of experts gives its own best, and groups are not ranked among each other"
+
     def check(self, num_experts: int) -> None:
         if num_experts % self.num_groups:
             divisors = [n for n in range(1, num_experts) if num_experts % n == 0]

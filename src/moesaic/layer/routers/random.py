@@ -40,6 +40,10 @@ class RandomConfig(BaseRouterConfig):
     def refuses_capacity(self) -> str | None:
         return "the mean of all experts leaves none to be full" if self.evaluation == "all" else None
 
+    @property
+    def unranked(self) -> str | None:
+        return "experts are drawn or fixed, not ranked"
+
     def check(self, num_experts: int) -> None:
         check_top_k(self.top_k, num_experts)
 

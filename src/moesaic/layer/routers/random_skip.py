@@ -37,6 +37,10 @@ class RandomSkipConfig(BaseRouterConfig):
     def may_skip(self) -> bool:
         return True
 
+    @property
+    def unranked(self) -> str | None:
+        return "which experts a token skips is drawn, not ranked"
+
     def check(self, num_experts: int) -> None:
         check_top_k(self.top_k, num_experts)
 

@@ -38,6 +38,10 @@ class StableConfig(BaseRouterConfig):
     def provides(self) -> frozenset[str]:
         return frozenset({"distillation"})
 
+    @property
+    def unranked(self) -> str | None:
+        return "in its second stage a table of token ids names the experts, and ranks no others"
+
     def check(self, num_experts: int) -> None:
         """Any number of experts will do."""
 

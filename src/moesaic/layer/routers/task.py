@@ -67,6 +67,10 @@ class TaskConfig(BaseRouterConfig):
     def may_skip(self) -> bool:
         return self.experts is not None and len({len(chosen) for chosen in self.experts}) > 1
 
+    @property
+    def unranked(self) -> str | None:
+        return "a table of tasks names the experts, and ranks no others" if self.kind == "fixed" else None
+
     def check(self, num_experts: int) -> None:
         if self.top_k is not None:
             check_top_k(self.top_k, num_experts)

@@ -181,6 +181,18 @@ class TopKRouter(Router[TopKConfig]):
             selection_TN=selection_TN,
         )
 
+    def admitted(self, routing: Routing) -> Tensor:
+        if self.config.group_mask_value == "zero" and self.config.num_groups is not None:
+            # Sigmoids and softmax shares are not 0; with a bias one may be, about once in 2^23 times.
+            return (routing.selection_TN != 0) & super().admitted(routing)
+        return super().admitted(routing)
+
+    @property
+    def most_admitted(self) -> int:
+        if self.config.num_groups is None or self.config.top_k_groups is None:
+            return self.num_experts
+        return self.config.top_k_groups * (self.num_experts // self.config.num_groups)
+
     def _weigh(self, routing: Routing, index_TK: Tensor, kept_TK: Tensor) -> Tensor:
         return self._weights(routing.logits_TN, routing.scores_TN, index_TK, kept_TK)
 

@@ -1,0 +1,99 @@
+"""Different overrides for the rows of one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moesaic.errors import ConfigError
+from moesaic.layer.override import OverrideFactory, RoutingOverride
+from moesaic.layer.record import Routing, RoutingContext
+from moesaic.layer.routers.base import Router
+
+
+class RowOverrides:
+    """An `OverrideFactory` with an override, or None, for each row of a batch.
+
+    A batch of B rows may have fewer entries, R, if R divides B: row b then has entry b // (B / R), which is how
+    transformers' `generate` lays out beams and several sequences of a prompt. K is that of the widest row, and others are
+    filled up with picks of nothing, of weight 0. A row without an override keeps its routing bit for bit.
+
+    Args:
+        factories: for each row. Rows with the same object are computed together.
+    """
+
+    def __init__(self, factories: Sequence[OverrideFactory | None]) -> None:
+        if not factories:
+            raise ConfigError("rows", [], "is empty", "give an override or None for each row of the batch")
+        self._rows = list(factories)
+
+    def __call__(self, context: RoutingContext, num_tokens: int) -> RoutingOverride:
+        batch, given = context.batch_size, len(self._rows)
+        if batch % given:
+            raise ConfigError(
+                "rows",
+                given,
+                f"entries do not fit a batch of {batch} rows",
+                "give one for each row, or for each prompt",
+            )
+        distinct = {id(factory): factory for factory in self._rows if factory is not None}
+        parts = []
+        for factory in distinct.values():
+            has_R = torch.tensor([other is factory for other in self._rows])
+            has_T = has_R.repeat_interleave(batch // given).repeat_interleave(num_tokens // batch)
+            parts.append((factory(_only(context, has_T), num_tokens), has_T))
+        return _RowsPass(tuple(parts), any(factory is None for factory in self._rows))
+
+
+@dataclass(frozen=True)
+class _RowsPass:
+    parts: tuple[tuple[RoutingOverride, Tensor], ...]
+    some_plain: bool
+
+    def __call__(self, layer: int, router: Router, routing: Routing, context: RoutingContext) -> Routing:
+        device = routing.index_TK.device
+        found = []
+        for override, has_T in self.parts:
+            has_T = has_T.to(device)
+            found.append((override(layer, router, routing, _only(context, has_T)), has_T))
+        if all(made is routing for made, _ in found):
+            return routing
+        merged = found[0][0] if not self.some_plain else routing
+        for made, has_T in found:
+            merged = _merge(merged, made, has_T)
+        return merged
+
+
+def _merge(first: Routing, second: Routing, second_T: Tensor) -> Routing:
+    """The picks of the second routing for these tokens, and of the first for all others."""
+    if first is second:
+        return first
+    width, nothing = max(first.top_k, second.top_k), first.num_columns
+    second_T1 = second_T.unsqueeze(-1)
+
+    def either(one_TK: Tensor, other_TK: Tensor, fill: int) -> Tensor:
+        one_TK, other_TK = (F.pad(part, (0, width - part.shape[-1]), value=fill) for part in (one_TK, other_TK))
+        return torch.where(second_T1, other_TK, one_TK)
+
+    identity_T = first.identity_weight_T
+    if identity_T is not None and second.identity_weight_T is not None:
+        identity_T = torch.where(second_T, second.identity_weight_T, identity_T)
+    return replace(
+        first,
+        index_TK=either(first.index_TK, second.index_TK, first.num_experts),
+        weight_TK=either(first.weight_TK, second.weight_TK, 0),
+        chosen_TK=either(first.choice_TK, second.choice_TK, nothing),
+        selection_TN=torch.where(second_T1, second.selection_TN, first.selection_TN),
+        identity_weight_T=identity_T,
+        overridden=True,
+    )
+
+
+def _only(context: RoutingContext, has_T: Tensor) -> RoutingContext:
+    """The context in which all other tokens are padding."""
+    mask_T = has_T if context.mask_T is None else context.mask_T & has_T.to(context.mask_T.device)
+    return replace(context, mask_T=mask_T)
