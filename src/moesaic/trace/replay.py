@@ -68,7 +68,13 @@ def replay(
 
 
 def replay_of(
-    model: nn.Module, found: Overridable, trace: RoutingLog, *, weights: Weights, documents: Sequence[int] | None
+    model: nn.Module,
+    found: Overridable,
+    trace: RoutingLog,
+    *,
+    weights: Weights,
+    documents: Sequence[int] | None,
+    any_k: bool = False,
 ) -> Replay:
     """What makes the override of each forward pass in a replay.
 
@@ -78,11 +84,12 @@ def replay_of(
         trace: as for `replay`.
         weights: as for `replay`.
         documents: as for `replay`.
+        any_k: take traces with other numbers of picks for each token, as overridden models record them.
     """
     for layer, router in found.routers.items():
         _check_router(layer, router, weights)
     _check_depth(model)
-    check_fits(trace.header, facts_of(model).layers)
+    check_fits(trace.header, facts_of(model).layers, any_k=any_k)
     lookup = TraceLookup(trace, documents=documents, weights=weights == "trace")
     if weights == "trace":
         _check_weights(lookup)
@@ -187,12 +194,13 @@ class ReplayedPass:
         return own_TK.index_copy(0, self.mask_T.nonzero().squeeze(-1).to(own_TK.device), real_RK)
 
 
-def check_fits(header: TraceHeader, layers: Mapping[int, LayerFacts]) -> None:
+def check_fits(header: TraceHeader, layers: Mapping[int, LayerFacts], *, any_k: bool = False) -> None:
     """Refuse a trace of other layers.
 
     Args:
         header: of the trace.
         layers: those of the model.
+        any_k: let numbers of picks for each token differ.
 
     Raises:
         TraceError: naming both.
@@ -207,6 +215,8 @@ def check_fits(header: TraceHeader, layers: Mapping[int, LayerFacts]) -> None:
         names = {"num_experts": "experts", "num_null": "null experts", "top_k": "picks for each token"}
         for name, what in names.items():
             held, needed = getattr(theirs, name), getattr(ours, name)
+            if name == "top_k" and any_k:
+                continue
             # Where the width of the record depends on the data, the model's is the most that there can be.
             if held > needed or (held != needed and not (name == "top_k" and ours.router == "expert_choice")):
                 raise TraceError(

@@ -53,7 +53,7 @@ def picks(routing: Routing, token: int = 0) -> dict[int, float]:
     return {expert: round(weight, 4) for expert, weight in pairs if expert < routing.num_columns}
 
 
-NORMED = {"normalize_top_k": True}
+NORMED: dict[str, Any] = {"normalize_top_k": True}
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_ranks_beyond_the_experts_are_refused_before_anything_runs() -> None:
         routed(Rank(rank=(5,)))
     with pytest.raises(ConfigError, match=r"k = 9 is more than the 4"):
         routed(TopK(k=9))
-    grouped = {"num_groups": 2, "top_k_groups": 1}
+    grouped: dict[str, Any] = {"num_groups": 2, "top_k_groups": 1}
     assert picks(routed(Rank(rank=(2,)), **grouped)) == {1: 0.25}
     with pytest.raises(ConfigError, match=r"rank = 3 is more than the 2 experts that a token may have"):
         routed(Rank(rank=(3,)), **grouped)
@@ -107,7 +107,7 @@ def test_ranks_beyond_the_experts_are_refused_before_anything_runs() -> None:
 @pytest.mark.parametrize("mask", ["-inf", "zero"])
 def test_ranks_stay_inside_the_groups_that_are_admitted(mask: str) -> None:
     shares = torch.tensor([[0.05, 0.40, 0.30, 0.25]], dtype=torch.float64)
-    grouped = {"num_groups": 2, "top_k_groups": 1, "group_mask_value": mask}
+    grouped: dict[str, Any] = {"num_groups": 2, "top_k_groups": 1, "group_mask_value": mask}
     assert picks(routed(Rank(rank=(2,)), shares=shares, **grouped)) == {0: 0.05}
     drawn = {
         expert for seed in range(40) for expert in picks(routed(RandomExperts(seed=seed), shares=shares, **grouped))

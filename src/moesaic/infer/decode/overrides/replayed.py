@@ -59,7 +59,7 @@ class ReplayedTrace(OverridePart):
             TraceError: if it is another model's.
         """
         log = TraceFile(self.replay) if isinstance(self.replay, str | Path) else self.replay
-        return replay_of(model, found, log, weights=self.weights, documents=self.documents)
+        return replay_of(model, found, log, weights=self.weights, documents=self.documents, any_k=True)
 
     def apply(self, picking: Picking) -> Picking:
         raise AssertionError("replays act before the parts of the layer room, on whole forward passes")
