@@ -290,3 +290,20 @@ def test_upcycling_into_another_router(cli: Cli, tmp_path: Path) -> None:
     assert ended.code == 0, ended.err
     router = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.spec.router
     assert (router.type, router.top_k, router.state_size) == ("recurrent", 2, 8)
+
+
+def test_overridden_routing(cli: Cli, trained: Path, tmp_path: Path) -> None:
+    options = ("-p", "The", "--max-new-tokens", "4", "--temperature", "0", "--json")
+    plain = json.loads(cli("generate", trained, *options).out)["text"]
+    assert json.loads(cli("generate", trained, *options, "--override", "k=2").out)["text"] == plain
+    losses = []
+    (tmp_path / "weak.yaml").write_text("parts: [{type: rank, rank: [8]}]")
+    for override in ((), ("--override", "rank=8"), ("--override", tmp_path / "weak.yaml"), ("--override", "k=2")):
+        report = json.loads(cli("eval", trained, "--limit", "1", "--json", *override).out)
+        assert ("override" in report) == bool(override)
+        losses.append(report["overall"]["loss"])
+    assert losses[0] == losses[3] != losses[1] == losses[2]
+    refused = cli("generate", trained, "-p", "The", "--override", "rank=9")
+    assert refused.code == 2
+    assert "rank = 9 is more than the 8 experts" in " ".join(refused.err.split())
+    assert cli("eval", trained, "--override", "beta=2").code == 2

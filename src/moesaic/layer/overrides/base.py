@@ -123,18 +123,15 @@ class Picking:
         admitted_TM = self.order_TM > float("-inf")
         if among_M is not None:
             admitted_TM = admitted_TM & among_M
-        self.require_at_least(admitted_TM.sum(-1), torch.full_like(admitted_TM[:, 0], needed, dtype=torch.int64), what)
-
-    def require_at_least(self, admitted_T: Tensor, needed_T: Tensor, what: str) -> None:
-        """As `require`, with counts for each token."""
-        lacks_T = admitted_T < needed_T
+        admitted_T = admitted_TM.sum(-1)
+        lacks_T = admitted_T < needed
         if self.context.mask_T is not None:
             lacks_T = lacks_T & self.context.mask_T.to(lacks_T.device)
         if lacks_T.any():
             token = int(lacks_T.nonzero()[0])
             limit = "experts that are not left out" if self.excluded else "experts that its router admits for it"
             raise UnsupportedOverride(
-                f"{what} in layer {self.layer} needs {int(needed_T[token])} experts, and token {token} has only "
+                f"{what} in layer {self.layer} needs {needed} experts, and token {token} has only "
                 f"{int(admitted_T[token])} {limit}; ask for less"
             )
 

@@ -14,7 +14,7 @@ from moesaic.layer.routers.base import Router
 
 
 class WithoutExperts(OverridePart):
-    """No token picks these experts; where one would, the best that it has not picked takes the place.
+    """No token picks these experts; where one would, the best that it has not picked takes the place, if one is left.
 
     Ranks and draws of other parts go over the experts that are left. Groups are those that the router chose with all of its
     experts. Tokens that would have picked none of these keep picks and weights bit for bit; for others the weights of all
@@ -51,18 +51,16 @@ def replace_excluded(picking: Picking, excluded_M: Tensor) -> Picking:
     Args:
         picking: whose order leaves them out.
         excluded_M: which they are.
-
-    Raises:
-        UnsupportedOverride: if a token has too few experts left.
     """
     choice_TK, columns = picking.choice_TK, picking.routing.num_columns
     out_TK = torch.cat([excluded_M, excluded_M.new_zeros(1)])[choice_TK]
     taken_TM = torch.zeros_like(picking.order_TM, dtype=torch.bool)
     taken_TM = torch.cat([taken_TM, taken_TM[:, :1]], -1).scatter(-1, choice_TK, True)[:, :columns]
     free_TM = picking.order_TM.masked_fill(taken_TM, float("-inf"))
-    picking.require_at_least((free_TM > float("-inf")).sum(-1), out_TK.sum(-1), "without")
     width = min(choice_TK.shape[-1], columns)
-    next_TK = free_TM.sort(dim=-1, descending=True, stable=True).indices[:, :width]
+    best_TM = free_TM.sort(dim=-1, descending=True, stable=True)
+    # Where a token has picked all that are left, the place stays empty.
+    next_TK = best_TM.indices[:, :width].masked_fill(best_TM.values[:, :width] == float("-inf"), columns)
     place_TK = (out_TK.cumsum(-1) - 1).clamp(min=0, max=width - 1)
     new_TK = torch.where(out_TK, next_TK.gather(-1, place_TK), choice_TK)
     weight_TK = picking.weights()
