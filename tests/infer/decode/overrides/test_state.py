@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -19,10 +19,12 @@ from moesaic.errors import UnsupportedOverride
 BOTH = pytest.mark.parametrize("name", ["ours", "mixtral"])
 
 
-def streamed(model: Any, override: str) -> Iterator[Tensor]:
-    with moesaic.override_routing(model, override), torch.no_grad():
+def streamed(model: Any, override: str) -> Generator[Tensor, None, None]:
+    with moesaic.override_routing(model, override):
         while True:
-            yield model(ids()).logits
+            with torch.no_grad():  # not around the yield, where it would reach the caller
+                found = model(ids()).logits
+            yield found
 
 
 def logits(model: Any, *overrides: str) -> Tensor:
