@@ -11,7 +11,7 @@ import torch
 from tests.parity.stock_models import COMMON, FAMILIES, LATENT_ATTENTION, stock_model, token_ids
 from tests.trace import models
 from tests.trace.stock_families import ROUTERS, tiny_model
-from tests.trace.test_file import assert_same
+from tests.trace.storage.test_file import assert_same
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, PreTrainedModel
 

@@ -10,7 +10,7 @@ from tests.train.test_hf_trainer import moe_model, run_trainer, sequences, stock
 
 from moesaic.errors import ConfigError, TraceError, UnsupportedModel
 from moesaic.trace import TraceFile
-from moesaic.trace.parts import remove_steps_after
+from moesaic.trace.storage.parts import remove_steps_after
 from moesaic.train import TraceCallback, Trainer, train
 
 TOKENS = 4 * 32  # of a step

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from moesaic.cli.console import Json, emit_json, results
 from moesaic.trace import TraceFile
-from moesaic.trace.parquet import NO_STEP
+from moesaic.trace.storage.parquet import NO_STEP
 
 
 def command(

@@ -26,7 +26,7 @@ from moesaic.hf.forward import forward_context, num_tokens, positions_after, seq
 from moesaic.hf.limits import check_needs, check_pipeline, check_vocabulary
 from moesaic.hf.output import MoeCausalLMOutput, MoeModelOutput
 from moesaic.hf.threads import for_this_thread
-from moesaic.layer import MoEBlock, OverrideFactory, Overrides, Router, RoutingContext
+from moesaic.layer import MoEBlock, OverrideFactory, Router, RoutingContext, override_of
 from moesaic.layer.balance import BalanceObjective, Coefficients
 
 logger = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ class MoesaicModel(MoesaicPreTrainedModel):
             context.seed = torch.randint(2**62, ()).to(given.device)
         if overrides:
             placed = replace(context, position_T=position_T)
-            context.override = Overrides.made(overrides, placed, num_tokens(input_ids, inputs_embeds))
+            context.override = override_of(overrides, placed, num_tokens(input_ids, inputs_embeds))
         # capture_outputs of the backbone would look for a recorder of router logits that dense families lack.
         output = self.backbone(
             input_ids=input_ids,

@@ -20,7 +20,7 @@ from moesaic.hf.forward import num_tokens
 from moesaic.hf.stock_listener import StockListener, named_arguments
 from moesaic.hf.stock_routing import StockRouter
 from moesaic.hf.threads import for_this_thread
-from moesaic.layer import OverrideFactory, Overrides, Router, RoutingContext
+from moesaic.layer import OverrideFactory, Router, RoutingContext, override_of
 
 
 class StockOverrides:
@@ -146,7 +146,7 @@ class _Overriding:
             return None
         named = named_arguments(module, args, kwargs)
         tokens = num_tokens(named.get("input_ids"), named.get("inputs_embeds"))
-        context.override = Overrides.made([self._factory], context, tokens)
+        context.override = override_of([self._factory], context, tokens)
         if not self._travels:
             if module.training and getattr(module, "is_gradient_checkpointing", False):
                 raise UnsupportedOverride(

@@ -36,7 +36,7 @@ from moesaic.layer.depth import DepthConfig
 from moesaic.layer.experts import Experts, ExpertsConfig
 from moesaic.layer.feed_forward import FeedForward, FeedForwardConfig
 from moesaic.layer.load import LayerLoad, all_reduce_loads, loads_of
-from moesaic.layer.override import OverrideFactory, Overrides, RoutingOverride, routing_at
+from moesaic.layer.override import OverrideFactory, Overrides, RoutingOverride, override_of, routing_at
 from moesaic.layer.permutation import Order, gather, order, restore
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers import (
@@ -215,6 +215,7 @@ __all__ = [
     "loads_of",
     "max_violation",
     "order",
+    "override_of",
     "post_step",
     "restore",
     "routing_at",

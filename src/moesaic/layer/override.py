@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class RoutingOverride(Protocol):
         ...
 
 
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
 OverrideFactory = Callable[[RoutingContext, int], RoutingOverride]
 """Makes the override of a forward pass, before any layer runs, from its context and the number of its tokens T."""
 
@@ -54,15 +56,20 @@ class Overrides:
             routing = part(layer, router, routing, context)
         return routing
 
-    @classmethod
-    @torch.compiler.disable  # it looks tokens up on the host
-    def made(cls, factories: Sequence[OverrideFactory], context: RoutingContext, num_tokens: int) -> RoutingOverride:
-        """The override of a forward pass, from those who make one."""
-        parts = [factory(context, num_tokens) for factory in factories]
-        return parts[0] if len(parts) == 1 else cls(parts)
+
+def _uncompiled(function: FunctionT) -> FunctionT:
+    """`function`, for which compiled models leave their graph. torch declares no types for it."""
+    return cast(FunctionT, torch.compiler.disable(function))
 
 
-@torch.compiler.disable
+@_uncompiled  # it looks tokens up on the host
+def override_of(factories: Sequence[OverrideFactory], context: RoutingContext, num_tokens: int) -> RoutingOverride:
+    """The override of a forward pass, from those who make one."""
+    parts = [factory(context, num_tokens) for factory in factories]
+    return parts[0] if len(parts) == 1 else Overrides(parts)
+
+
+@_uncompiled
 def overridden(layer: int, router: Router, routing: Routing, context: RoutingContext) -> Routing:
     """What the override of `context` makes of a routing; compiled models leave their graph for it."""
     return routing if context.override is None else context.override(layer, router, routing, context)

@@ -57,9 +57,8 @@ def _untrained(trained: Trained) -> Trained:
 def _similarities(model: MoesaicForCausalLM) -> list[float]:
     """Of the experts of each layer."""
     weights = [block.experts.state_dict() for block in model.moe_blocks().values()]
-    gated = "gate_up_proj" in weights[0]
-    first = "gate_up_proj" if gated else "up_proj"
-    return [expert_similarity(tensors[first], tensors["down_proj"], gated=gated) for tensors in weights]
+    first = "gate_up_proj" if "gate_up_proj" in weights[0] else "up_proj"
+    return [expert_similarity(tensors[first], tensors["down_proj"]) for tensors in weights]
 
 
 def _router_gradients(trained: Trained) -> tuple[float, float]:

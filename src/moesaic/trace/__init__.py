@@ -15,23 +15,23 @@ from moesaic.trace.checks import (
     check_model,
     check_tokenizer,
 )
-from moesaic.trace.counting import (
+from moesaic.trace.counts.count import (
     count,
 )
-from moesaic.trace.counts import (
+from moesaic.trace.counts.file import load_counts, save_counts
+from moesaic.trace.counts.groups import (
+    DropCounts,
+    GroupCounts,
+)
+from moesaic.trace.counts.positions import (
+    PositionCounts,
+)
+from moesaic.trace.counts.routing import (
     LayerCounts,
     RoutingCounts,
 )
-from moesaic.trace.counts_file import load_counts, save_counts
 from moesaic.trace.facts import (
     facts_of,
-)
-from moesaic.trace.file import (
-    TraceFile,
-)
-from moesaic.trace.group_counts import (
-    DropCounts,
-    GroupCounts,
 )
 from moesaic.trace.header import (
     LayerFacts,
@@ -51,19 +51,24 @@ from moesaic.trace.metrics import (
     coactivation_table,
     context_change,
     count_blocks,
+    cross_layer_information,
     deviation_bound,
     distribution_change,
+    domain_information,
     domain_specialisation,
     drop_rate,
     drop_rate_by_position,
     drop_rates,
     expert_outputs,
+    expert_similarity,
     experts_by_frequency,
     experts_per_token,
+    gate_entropy,
     gini,
     group_distribution,
     group_information,
     hidden_states,
+    inner_balance,
     layer_flow,
     load_balance,
     load_shares,
@@ -71,6 +76,7 @@ from moesaic.trace.metrics import (
     noise_floor,
     null_share,
     nulls_by_frequency,
+    outer_balance,
     output_similarity,
     relative_load,
     renumbered,
@@ -82,9 +88,6 @@ from moesaic.trace.metrics import (
     top_tokens,
     vocabulary_specialisation,
     weight_similarity,
-)
-from moesaic.trace.positions import (
-    PositionCounts,
 )
 from moesaic.trace.record import (
     LayerTrace,
@@ -117,18 +120,13 @@ from moesaic.trace.rows import (
     Rows,
     TokenColumns,
 )
-from moesaic.trace.specialisation import (
-    cross_layer_information,
-    domain_information,
-    expert_similarity,
-    gate_entropy,
-    inner_balance,
-    outer_balance,
+from moesaic.trace.storage.file import (
+    TraceFile,
 )
-from moesaic.trace.stream import (
+from moesaic.trace.storage.stream import (
     StreamedTrace,
 )
-from moesaic.trace.writer import (
+from moesaic.trace.storage.writer import (
     TraceWriter,
 )
 

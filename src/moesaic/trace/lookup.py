@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.errors import TraceError
-from moesaic.trace.file import TraceFile
 from moesaic.trace.header import TraceHeader
 from moesaic.trace.rows import NOTHING, RoutingLog, Rows
+from moesaic.trace.storage.file import TraceFile
 
 _POSITIONS = 2**32
 

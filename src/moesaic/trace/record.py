@@ -17,15 +17,15 @@ from moesaic.errors import ConfigError
 from moesaic.hf.model import RoutingListener
 from moesaic.hf.routing_source import routing_source
 from moesaic.layer import LayerLoad, Routing, RoutingContext
+from moesaic.trace.counts.positions import PositionCounts
 from moesaic.trace.facts import facts_of
 from moesaic.trace.header import LayerFacts, TraceHeader, tokenizer_fingerprint
 from moesaic.trace.labels import Labels
 from moesaic.trace.numbering import DocumentNumbering
-from moesaic.trace.positions import PositionCounts
 from moesaic.trace.rows import NOTHING, Rows, TokenColumns, rows_of
 from moesaic.trace.sampling import check_sample, sampled
-from moesaic.trace.stream import StreamedTrace
-from moesaic.trace.writer import TraceWriter
+from moesaic.trace.storage.stream import StreamedTrace
+from moesaic.trace.storage.writer import TraceWriter
 
 Keep = Literal["counts", "tokens"]
 

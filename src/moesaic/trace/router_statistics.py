@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moesaic.errors import ConfigError
 from moesaic.hf import MoesaicModel
 from moesaic.layer import Router, Routing, RoutingContext
+from moesaic.trace.counts.positions import PositionCounts
 from moesaic.trace.metrics import (
     FrequencyBucket,
     drop_rate,
@@ -24,7 +25,6 @@ from moesaic.trace.metrics import (
     experts_per_token,
     null_share,
 )
-from moesaic.trace.positions import PositionCounts
 from moesaic.trace.record import LayerTrace, RoutingTrace
 
 QUARTERS = 4

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from moesaic.trace import StreamedTrace, record
-from moesaic.trace.parts import remove_steps_after
+from moesaic.trace.storage.parts import remove_steps_after
 from moesaic.train.config import TraceConfig
 
 

@@ -31,7 +31,7 @@ from moesaic.trace import (
     summarise,
     weight_similarity,
 )
-from moesaic.trace.counts import TABLES
+from moesaic.trace.counts.routing import TABLES
 
 
 def test_nulls_of_the_worked_example_of_adamoe():

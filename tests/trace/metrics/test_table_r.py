@@ -25,7 +25,7 @@ from moesaic.trace import (
     token_clusters,
     vocabulary_specialisation,
 )
-from moesaic.trace.counts import TABLES
+from moesaic.trace.counts.routing import TABLES
 from moesaic.trace.metrics import deviation_bound
 
 R = count(table_r(batch=3), tables=TABLES).layer(0)

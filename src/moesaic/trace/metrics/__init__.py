@@ -11,6 +11,13 @@ from moesaic.trace.metrics.deviation import deviation_bound, group_distribution,
 from moesaic.trace.metrics.domains import domain_specialisation
 from moesaic.trace.metrics.drops import drop_rate, drop_rate_by_position, drop_rates
 from moesaic.trace.metrics.frequency import FrequencyBucket, experts_by_frequency, nulls_by_frequency
+from moesaic.trace.metrics.gates import (
+    cross_layer_information,
+    domain_information,
+    gate_entropy,
+    inner_balance,
+    outer_balance,
+)
 from moesaic.trace.metrics.information import group_information
 from moesaic.trace.metrics.load import (
     experts_per_token,
@@ -23,7 +30,13 @@ from moesaic.trace.metrics.load import (
 from moesaic.trace.metrics.matching import ExpertMatch, match_experts, renumbered
 from moesaic.trace.metrics.result import Band, MetricResult
 from moesaic.trace.metrics.saturation import router_saturation, saturation_over
-from moesaic.trace.metrics.similarity import expert_outputs, hidden_states, output_similarity, weight_similarity
+from moesaic.trace.metrics.similarity import (
+    expert_outputs,
+    expert_similarity,
+    hidden_states,
+    output_similarity,
+    weight_similarity,
+)
 from moesaic.trace.metrics.summary import summarise
 from moesaic.trace.metrics.tokens import TokenShare, token_clusters, top_tokens
 from moesaic.trace.metrics.vocabulary import vocabulary_specialisation
@@ -41,19 +54,24 @@ __all__ = [
     "coactivation_table",
     "context_change",
     "count_blocks",
+    "cross_layer_information",
     "deviation_bound",
     "distribution_change",
+    "domain_information",
     "domain_specialisation",
     "drop_rate",
     "drop_rate_by_position",
     "drop_rates",
     "expert_outputs",
+    "expert_similarity",
     "experts_by_frequency",
     "experts_per_token",
+    "gate_entropy",
     "gini",
     "group_distribution",
     "group_information",
     "hidden_states",
+    "inner_balance",
     "layer_flow",
     "load_balance",
     "load_shares",
@@ -61,6 +79,7 @@ __all__ = [
     "noise_floor",
     "null_share",
     "nulls_by_frequency",
+    "outer_balance",
     "output_similarity",
     "relative_load",
     "renumbered",

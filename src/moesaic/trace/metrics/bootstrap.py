@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
-from moesaic.trace.counting import count
-from moesaic.trace.counts import RoutingCounts
+from moesaic.trace.counts.count import count
+from moesaic.trace.counts.routing import RoutingCounts
 from moesaic.trace.header import TraceHeader
 from moesaic.trace.metrics.result import Band
 from moesaic.trace.rows import RoutingLog, Rows

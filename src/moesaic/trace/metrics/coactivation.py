@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
-from moesaic.trace.counts import LayerCounts, RoutingCounts
+from moesaic.trace.counts.routing import LayerCounts, RoutingCounts
 from moesaic.trace.metrics.result import MetricResult, mean
 
 

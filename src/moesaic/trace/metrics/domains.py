@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from moesaic.trace.counts import LayerCounts
+from moesaic.trace.counts.routing import LayerCounts
 from moesaic.trace.metrics.bootstrap import block_weights
 from moesaic.trace.metrics.result import MetricResult, mean
 

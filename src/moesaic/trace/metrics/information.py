@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from moesaic.trace.counts import LayerCounts
-from moesaic.trace.group_counts import GroupCounts
+from moesaic.trace.counts.groups import GroupCounts
+from moesaic.trace.counts.routing import LayerCounts
 from moesaic.trace.metrics.deviation import shares
 from moesaic.trace.metrics.result import MetricResult
 

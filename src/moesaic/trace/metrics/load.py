@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moesaic.layer import max_violation, routing_entropy
-from moesaic.trace.counts import LayerCounts
+from moesaic.trace.counts.routing import LayerCounts
 from moesaic.trace.metrics.bootstrap import band_of, block_weights
 from moesaic.trace.metrics.result import MetricResult
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import TraceError
+from moesaic.trace.counts.neighbours import Aligned
 from moesaic.trace.metrics.bootstrap import band_of, block_weights
 from moesaic.trace.metrics.result import MetricResult
-from moesaic.trace.neighbours import Aligned
 from moesaic.trace.rows import RoutingLog
 
 _BLOCKS = 64

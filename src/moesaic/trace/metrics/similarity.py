@@ -17,7 +17,6 @@ def weight_similarity(
     gate_up_NHD: Tensor,
     down_NDF: Tensor,
     *,
-    gated: bool = True,
     over: Literal["mean", "all"] = "mean",
     layer: int = -1,
     top_k: int = 1,
@@ -30,21 +29,42 @@ def weight_similarity(
     diagonal; the value is their mean. 1: all experts are equal; the reference is 0, unrelated ones.
 
     Args:
-        gate_up_NHD: packed gate and up projections, H = 2F, or the up projection alone.
+        gate_up_NHD: first projections, H = F, 2F (gated) or 3F (double-gated).
         down_NDF: down projections.
-        gated: whether `gate_up_NHD` holds two matrices.
         over: see above.
         layer: for the result.
         top_k: for the result.
     """
     if over not in ("mean", "all"):
         raise ConfigError("over", over, "is not one of the choices", "choose 'mean' or 'all'")
-    parts = [*gate_up_NHD.double().chunk(2 if gated else 1, dim=1), down_NDF.double().mT]
+    parts = _matrices(gate_up_NHD, down_NDF)
     if over == "mean":
         parts = [nn.functional.normalize(part_NFD.mean(1), dim=-1) for part_NFD in parts]
     joined_NR = torch.cat([part.flatten(1) for part in parts], dim=-1)
     cosine_NN = nn.functional.normalize(joined_NR, dim=-1) @ nn.functional.normalize(joined_NR, dim=-1).T
-    return _pairs(f"weight_similarity_{over}", cosine_NN, layer, top_k, {"over": over, "gated": gated})
+    return _pairs(f"weight_similarity_{over}", cosine_NN, layer, top_k, {"over": over, "matrices": len(parts)})
+
+
+@torch.no_grad()
+def expert_similarity(gate_up_NHD: Tensor, down_NDF: Tensor) -> float:
+    """How alike the experts of a layer are, as RMoE counts it (arXiv 2408.06793, appendix A.4.3).
+
+    Each matrix of an expert is averaged over its hidden axis and scaled to length 1; the pieces are joined, and the dot
+    products of all pairs of experts averaged, pairs of one expert with itself included. With R matrices (3 for gated
+    experts) equal experts give R, and unrelated ones R / N.
+
+    Args:
+        gate_up_NHD: first projections, H = F, 2F (gated) or 3F (double-gated).
+        down_NDF: down projections.
+    """
+    parts = [nn.functional.normalize(part_NFD.mean(1), dim=-1) for part_NFD in _matrices(gate_up_NHD, down_NDF)]
+    joined_NR = torch.cat(parts, dim=-1)
+    return float((joined_NR @ joined_NR.T).mean())
+
+
+def _matrices(gate_up_NHD: Tensor, down_NDF: Tensor) -> list[Tensor]:
+    """The matrices of every expert, float64 (N, F, D) each."""
+    return [*gate_up_NHD.double().split(down_NDF.shape[-1], dim=1), down_NDF.double().mT]
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from moesaic.trace.counts import LayerCounts, RoutingCounts
+from moesaic.trace.counts.routing import LayerCounts, RoutingCounts
 from moesaic.trace.metrics.coactivation import coactivation_table, layer_flow
 from moesaic.trace.metrics.deviation import routing_deviation
 from moesaic.trace.metrics.domains import domain_specialisation

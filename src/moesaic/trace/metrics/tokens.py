@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
-from moesaic.trace.counts import LayerCounts
+from moesaic.trace.counts.routing import LayerCounts
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from moesaic.trace.counts import LayerCounts
+from moesaic.trace.counts.routing import LayerCounts
 from moesaic.trace.metrics import coactivation_table
 from moesaic.trace.plots import HeatMap
 from moesaic.trace.report.parts import Column, Figure, Section, Table, matrix

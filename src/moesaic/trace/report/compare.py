@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from moesaic.trace.counting import count
-from moesaic.trace.counts import LayerCounts, RoutingCounts
+from moesaic.trace.counts.count import count
+from moesaic.trace.counts.routing import LayerCounts, RoutingCounts
 from moesaic.trace.header import TraceHeader
 from moesaic.trace.metrics import (
     ExpertMatch,

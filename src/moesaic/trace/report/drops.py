@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moesaic.trace.counts import LayerCounts
+from moesaic.trace.counts.routing import LayerCounts
 from moesaic.trace.metrics import MetricResult, drop_rates
 from moesaic.trace.plots import Bars, HeatMap, Lines, Series
 from moesaic.trace.report.parts import Column, Figure, Section, Table, matrix

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moesaic.trace.counts import LayerCounts
+from moesaic.trace.counts.routing import LayerCounts
 from moesaic.trace.metrics import load_balance
 from moesaic.trace.plots import Bars, HeatMap
 from moesaic.trace.report.parts import HALF, Column, Figure, Section, Table, matrix

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from moesaic.trace.counting import count
+from moesaic.trace.counts.count import count
 from moesaic.trace.metrics import MetricResult, distribution_change, load_balance, router_saturation
 from moesaic.trace.plots import HeatMap, Lines, Series
 from moesaic.trace.report.parts import Column, Figure, Section, Table, matrix

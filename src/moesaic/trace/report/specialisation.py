@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from moesaic.trace.counts import LayerCounts
+from moesaic.trace.counts.routing import LayerCounts
 from moesaic.trace.metrics import (
     MetricResult,
     domain_specialisation,

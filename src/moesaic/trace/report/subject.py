@@ -10,8 +10,8 @@ import numpy as np
 
 from moesaic.errors import ConfigError
 from moesaic.trace.accounting import Accounting
-from moesaic.trace.counting import count
-from moesaic.trace.counts import LayerCounts, RoutingCounts
+from moesaic.trace.counts.count import count
+from moesaic.trace.counts.routing import LayerCounts, RoutingCounts
 from moesaic.trace.report.names import TokenNames
 from moesaic.trace.router_statistics import RouterStatistics
 from moesaic.trace.rows import RoutingLog

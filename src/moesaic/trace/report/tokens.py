@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moesaic.trace.counts import LayerCounts
+from moesaic.trace.counts.routing import LayerCounts
 from moesaic.trace.metrics import TokenShare, token_clusters
 from moesaic.trace.report.parts import Chip, Column, Figure, Section, Table
 from moesaic.trace.report.subject import Subject

@@ -11,7 +11,7 @@ from moesaic.errors import ConfigError, UnsupportedOverride
 from moesaic.hf.overridable import Overridable, overridable
 from moesaic.infer.decode.overrides.replayed import ReplayedTrace, check_replays
 from moesaic.infer.decode.overrides.spec import ByRow, OverrideLike, OverrideSpec
-from moesaic.layer import OverrideFactory, Overrides, RoutingContext, RoutingOverride
+from moesaic.layer import OverrideFactory, RoutingContext, RoutingOverride, override_of
 from moesaic.layer.overrides import OverridePart, Parts, RowOverrides, check_parts
 from moesaic.layer.routers import Router
 
@@ -106,4 +106,4 @@ class _Several:
         self._factories = factories
 
     def __call__(self, context: RoutingContext, num_tokens: int) -> RoutingOverride:
-        return Overrides.made(self._factories, context, num_tokens)
+        return override_of(self._factories, context, num_tokens)

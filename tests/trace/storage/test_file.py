@@ -12,8 +12,8 @@ from tests.trace.models import LAYERS, tiny_model
 
 from moesaic.errors import TraceError
 from moesaic.trace import LayerFacts, Rows, TokenColumns, TraceFile, TraceHeader, TraceWriter, record
-from moesaic.trace.parquet import HEADER_KEY
 from moesaic.trace.rows import NOTHING
+from moesaic.trace.storage.parquet import HEADER_KEY
 
 HEADER = TraceHeader(
     model="m",
@@ -141,7 +141,7 @@ def test_parts_of_several_processes_and_of_an_appended_run_are_one_trace(tmp_pat
 
 
 def test_large_parts_are_finished_and_the_next_begun(tmp_path, monkeypatch):
-    monkeypatch.setattr("moesaic.trace.writer._BUFFERED_BYTES", 1)
+    monkeypatch.setattr("moesaic.trace.storage.writer._BUFFERED_BYTES", 1)
     batches = [rows(3, first=5 * index) for index in range(3)]
     trace = write(tmp_path / "a", *batches, part_bytes=1)
     assert [part.facts.rows for part in trace.parts] == [5, 5, 5]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.errors import ConfigError
-from moesaic.trace.group_counts import DropCounts, GroupCounts
+from moesaic.trace.counts.groups import DropCounts, GroupCounts
 from moesaic.trace.header import TraceHeader
 
 TABLES = (

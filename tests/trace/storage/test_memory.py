@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "trace_ten_million.py"
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "trace_ten_million.py"
 
 
 SNIPPET = """

@@ -1,4 +1,4 @@
-"""What tells routers and experts apart: information in the routing, balance of a gate, similarity of experts.
+"""What tells routers apart: information in the routing, balance of a gate.
 
 Pure functions; information and entropy are in nats.
 """
@@ -75,24 +75,6 @@ def gate_entropy(scores_TN: Tensor) -> float:
     """Entropy of a token's normalised scores in nats, mean over tokens: log N where a gate has no preference."""
     scores_TN = scores_TN.double()
     return float(torch.special.entr(scores_TN / scores_TN.sum(-1, keepdim=True)).sum(-1).mean())
-
-
-def expert_similarity(gate_up_NHD: Tensor, down_NDF: Tensor, *, gated: bool = True) -> float:
-    """How alike the experts of a layer are (RMoE, arXiv 2408.06793, appendix A.4.3).
-
-    Each matrix of an expert is averaged over its hidden axis and scaled to length 1; the pieces are joined, and the dot
-    products of all pairs of experts averaged, pairs of one expert with itself included. With R matrices (3 for gated
-    experts, else 2) equal experts give R, and unrelated ones R / N.
-
-    Args:
-        gate_up_NHD: packed gate and up projections, H = 2F, or the up projection alone.
-        down_NDF: down projections.
-        gated: whether `gate_up_NHD` holds two matrices.
-    """
-    means = [part_NFD.mean(1) for part_NFD in gate_up_NHD.double().chunk(2 if gated else 1, dim=1)]
-    means.append(down_NDF.double().mean(2))
-    joined_NR = torch.cat([torch.nn.functional.normalize(mean_ND, dim=-1) for mean_ND in means], dim=-1)
-    return float((joined_NR @ joined_NR.T).mean())
 
 
 def _information(joint_AB: Tensor) -> Tensor:

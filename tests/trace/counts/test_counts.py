@@ -8,7 +8,7 @@ from tests.trace.routing_logs import Log, columns, log_of, random_log, same_coun
 
 from moesaic.errors import ConfigError
 from moesaic.trace import count
-from moesaic.trace.counts import TABLES
+from moesaic.trace.counts.routing import TABLES
 
 
 def test_table_r():

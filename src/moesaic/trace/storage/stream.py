@@ -12,14 +12,14 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.layer import RoutingContext
-from moesaic.trace.file import TraceFile
 from moesaic.trace.header import TraceHeader
 from moesaic.trace.labels import Labels
 from moesaic.trace.numbering import DocumentNumbering
-from moesaic.trace.parquet import NO_STEP
 from moesaic.trace.rows import Rows, Snapshot
 from moesaic.trace.sampling import sampled
-from moesaic.trace.writer import TraceWriter
+from moesaic.trace.storage.file import TraceFile
+from moesaic.trace.storage.parquet import NO_STEP
+from moesaic.trace.storage.writer import TraceWriter
 
 _DOCUMENTS_OF_A_RANK = 2**40
 

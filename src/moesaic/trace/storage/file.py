@@ -14,9 +14,9 @@ from torch import nn
 from moesaic.errors import TraceError
 from moesaic.trace.checks import check_model, check_tokenizer
 from moesaic.trace.header import TraceHeader
-from moesaic.trace.parquet import columns_of, schema, to_rows
-from moesaic.trace.parts import Part, damaged, joined_header, part_files, read_part
 from moesaic.trace.rows import Rows
+from moesaic.trace.storage.parquet import columns_of, schema, to_rows
+from moesaic.trace.storage.parts import Part, damaged, joined_header, part_files, read_part
 
 
 class TraceFile:

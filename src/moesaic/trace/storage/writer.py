@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from moesaic.errors import TraceError
 from moesaic.files import atomic_file
 from moesaic.trace.header import TraceHeader
-from moesaic.trace.parquet import HEADER_KEY, NO_STEP, PART_KEY, schema, storage, to_table
-from moesaic.trace.parts import Part, PartFacts, header_difference, part_files, part_name, read_part
 from moesaic.trace.rows import Rows
+from moesaic.trace.storage.parquet import HEADER_KEY, NO_STEP, PART_KEY, schema, storage, to_table
+from moesaic.trace.storage.parts import Part, PartFacts, header_difference, part_files, part_name, read_part
 
 ROWS_PER_GROUP = 131_072
 _BUFFERED_BYTES = 32 * 2**20

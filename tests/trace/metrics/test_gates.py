@@ -92,4 +92,5 @@ def test_equal_experts_reach_the_number_of_their_matrices():
         torch.randn(1, *shape, generator=generator).expand(4, -1, -1) for shape in [(6, 5), (5, 3)]
     )
     assert expert_similarity(gate_up_NHD, down_NDF) == pytest.approx(3)
-    assert expert_similarity(gate_up_NHD, down_NDF, gated=False) == pytest.approx(2)
+    assert expert_similarity(gate_up_NHD[:, :3], down_NDF) == pytest.approx(2)
+    assert expert_similarity(gate_up_NHD.repeat(1, 2, 1)[:, :9], down_NDF) == pytest.approx(4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.trace.models import tiny_model
-from tests.trace.test_file import assert_same
+from tests.trace.storage.test_file import assert_same
 
 from moesaic.errors import ConfigError, TraceError
 from moesaic.trace import Rows, TraceFile, record

@@ -12,7 +12,7 @@ from tests.trace.models import LAYERS, TOP_K, tiny_model
 
 from moesaic.layer import CapacityConfig, Routing, RoutingContext, limit_capacity
 from moesaic.trace import PositionCounts, RoutingTrace, drop_rate, drop_rate_by_position, null_share, record
-from moesaic.trace.positions import BUCKETS
+from moesaic.trace.counts.positions import BUCKETS
 
 IDS = torch.arange(20).view(2, 10)
 CAPACITY = {"factor": None, "eval_factor": 0.5, "minimum": 0}

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from moesaic.configuration import Config
 from moesaic.errors import ConfigError, TraceError
 from moesaic.trace.header import VERSION, LayerFacts, TraceHeader
-from moesaic.trace.parquet import HEADER_KEY, NO_STEP, PART_KEY
+from moesaic.trace.storage.parquet import HEADER_KEY, NO_STEP, PART_KEY
 
 _NAME = re.compile(r"part-(\d+)-(\d+)\.parquet")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from moesaic.trace.group_counts import DROP_COLUMNS, DropCounts, GroupCounts, pair_columns, sum_by_key
+from moesaic.trace.counts.groups import DROP_COLUMNS, DropCounts, GroupCounts, pair_columns, sum_by_key
 
 _LEAST_MERGE = 1 << 15
 """New pairs that are kept beside a small sparse table before they are merged into it."""

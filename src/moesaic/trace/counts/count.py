@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
-from moesaic.trace.counts import TABLES, LayerCounts, RoutingCounts
-from moesaic.trace.file import TraceFile
-from moesaic.trace.group_counts import GroupCounts
+from moesaic.trace.counts.groups import GroupCounts
+from moesaic.trace.counts.neighbours import Aligned, Beside, Neighbours
+from moesaic.trace.counts.routing import TABLES, LayerCounts, RoutingCounts
+from moesaic.trace.counts.tables import DenseTable, DropTable, SparseTable
 from moesaic.trace.header import LayerFacts
-from moesaic.trace.neighbours import Aligned, Beside, Neighbours
 from moesaic.trace.rows import RoutingLog, Rows, TokenColumns
-from moesaic.trace.tables import DenseTable, DropTable, SparseTable
+from moesaic.trace.storage.file import TraceFile
 
 DEFAULT_TABLES = frozenset(TABLES) - {"previous", "adjacent"}
 _MOST_BUCKETS = 4096

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError, TraceError
 from moesaic.files import atomic_file
-from moesaic.trace.counts import LayerCounts, RoutingCounts
-from moesaic.trace.group_counts import DropCounts, GroupCounts
+from moesaic.trace.counts.groups import DropCounts, GroupCounts
+from moesaic.trace.counts.routing import LayerCounts, RoutingCounts
 from moesaic.trace.header import TraceHeader
 
 VERSION = 1
