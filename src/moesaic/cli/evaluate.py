@@ -1,4 +1,4 @@
-"""`moesaic eval`: perplexity by domain, and tasks of lm-evaluation-harness."""
+"""`moesaic eval`: perplexity by domain, tasks in files, and tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -12,6 +12,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moesaic.cli.console import Json, emit_json, results
 from moesaic.cli.models import load, tokenizer_of
 from moesaic.cli.overrides import Override, routing_of
+from moesaic.cli.tasks import (
+    Compare,
+    Output,
+    Samples,
+    Seed,
+    TaskFiles,
+    TaskOptions,
+    Temperature,
+    TopP,
+    Vote,
+    print_tasks,
+    read_tasks,
+    run_tasks,
+)
 from moesaic.cli.texts import Texts, batches_of, sequence_length_for
 from moesaic.cli.tracing import TracePath, TraceSample, labelled, trace_report, traced
 from moesaic.errors import ConfigError
@@ -21,6 +35,14 @@ from moesaic.train import evaluate, overall
 def command(
     model: Annotated[Path, typer.Argument(help="Folder of a model or of a training run.")],
     texts: Texts = None,
+    task_files: TaskFiles = None,
+    samples: Samples = 1,
+    vote: Vote = "majority",
+    temperature: Temperature = None,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    output: Output = None,
+    compare: Compare = None,
     tasks: Annotated[str | None, typer.Option(help="lm-evaluation-harness tasks, comma separated.")] = None,
     tasks_folder: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Batches of a domain, or examples of a task.")] = None,
@@ -35,25 +57,39 @@ def command(
     trace_sample: TraceSample = 1.0,
     json: Json = False,
 ) -> None:
-    """Measure perplexity on text, domain by domain, or run evaluation tasks.
+    """Measure perplexity on text, domain by domain, or run evaluation tasks: of files of your own, or of lm-evaluation-harness.
 
-    Without --text and --tasks, a model of a training run is measured on the text that the run held out. With --trace,
+    Without --text, --task and --tasks, a model of a training run is measured on the text that the run held out. With --trace,
     the routing of all that is read goes to disk.
 
     Example: moesaic eval runs/demo/moe --text code=src --text prose=README.md
     """
+    options = TaskOptions(task_files or (), samples, vote, temperature, top_p, seed, output, compare)
+    options.check()
+    own_tasks = read_tasks(options)
     network, folder = load(model)
     tokens = tokenizer_of(folder, network, tokenizer)
     report: dict[str, Any] = {"override": list(override)} if override else {}
     with routing_of(network, override), traced(trace, trace_sample, network, tokens) as recorded:
-        if texts or not tasks:
+        if texts or not (tasks or own_tasks):
             length = sequence_length_for(network, sequence_length)
             with batches_of(texts, tokens, folder, batch_size=batch_size, sequence_length=length) as batches:
                 by_domain = evaluate(network, labelled(recorded, batches), max_batches=limit)
             report["domains"] = {name: vars(evaluation) for name, evaluation in by_domain.items()}
             report["overall"] = vars(overall(by_domain))
+        if own_tasks:
+            report["own_tasks"] = run_tasks(
+                options,
+                own_tasks,
+                network,
+                tokens,
+                identity=options.identity(folder, tokens, override or ()),
+                batch_size=batch_size,
+                limit=limit,
+                json=json,
+            )
         if tasks:
-            report["tasks"] = _run_tasks(network, tokens, tasks.split(","), tasks_folder, limit, batch_size)
+            report["tasks"] = _run_harness(network, tokens, tasks.split(","), tasks_folder, limit, batch_size)
     report |= trace_report(recorded)
     if json:
         emit_json(report)
@@ -61,7 +97,7 @@ def command(
         _print(report)
 
 
-def _run_tasks(
+def _run_harness(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: list[str],
@@ -102,6 +138,8 @@ def _print(report: dict[str, Any]) -> None:
         for name, row in rows.items():
             table.add_row(name, f"{row['loss']:.4f}", f"{row['perplexity']:.2f}", f"{row['tokens']:,}")
         results.print(table)
+    if "own_tasks" in report:
+        print_tasks(report["own_tasks"])
     if "tasks" in report:
         table = Table("task", "metric", "value", title="Tasks")
         for task, metrics in report["tasks"].items():

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, DataError
 from moesaic.infer.consistency.decoding import Decoding, Generate
 from moesaic.infer.consistency.sample import Sampler, Usage
 from moesaic.infer.consistency.self_consistency import check_samples
@@ -19,7 +19,7 @@ from moesaic.infer.tasks.generated import VoteRule, answer_texts
 from moesaic.infer.tasks.load import Task
 from moesaic.infer.tasks.results import ResultsFile, Row
 from moesaic.infer.tasks.schema import ChoiceItem, GenerateItem, Item
-from moesaic.infer.tasks.statistics import Accuracy, accuracy
+from moesaic.infer.tasks.statistics import Accuracy, Paired, accuracy, compare
 
 # Items between two writes of results, in batches.
 _BATCHES = 4
@@ -48,6 +48,23 @@ class TaskResult:
     def correct(self) -> dict[str, bool]:
         """Whether each item was answered right, by id."""
         return {row["id"]: row["correct"] for row in self.rows}
+
+    def compare(self, baseline: Sequence[Row]) -> Paired:
+        """Compare with the rows of another run on the same items; tasks that this one is not are left out.
+
+        Raises:
+            DataError: if the other run lacks an item, or had one of another content.
+        """
+        others = {row["id"]: row for row in baseline if row["task"] == self.task}
+        for row in self.rows:
+            other = others.get(row["id"])
+            if other is None or other["item"] != row["item"]:
+                problem = "is not in" if other is None else "had another content in"
+                raise DataError(
+                    f"item {row['id']!r} of task {self.task!r} {problem} the run to compare with; evaluate both on the "
+                    f"same file"
+                )
+        return compare(self.correct, {name: others[name]["correct"] for name in self.correct})
 
     def to_dict(self) -> dict[str, Any]:
         """Without the rows."""
