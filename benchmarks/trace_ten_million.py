@@ -5,7 +5,7 @@
 
 The rows are those of a model of 60 layers with 128 experts and 8 picks, in forward passes of 2,048 tokens: ids by Zipf's law,
 picks that depend on them a little. They are made for one forward pass, and for each other one shifted and weighed anew, so
-that they do not repeat and the time is mostly that of the trace. Writing, reading and counting are each a process of its own,
+that they do not repeat and the time is mostly that of the trace. Writing, reading and summarising are each a process of its own,
 with its own peak of resident memory: that of Python with torch and transformers, which stands beside it, and what was added.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from moesaic.trace import LayerFacts, Rows, TokenColumns, TraceFile, TraceHeader, TraceWriter, count
+from moesaic.trace import LayerFacts, Rows, TokenColumns, TraceFile, TraceHeader, TraceWriter, count, summarise
 
 LAYERS, NUM_EXPERTS, TOP_K, TOKENS, LENGTH, VOCABULARY = 60, 128, 8, 2048, 1024, 50_000
 HEADER = TraceHeader(
@@ -82,12 +82,12 @@ def read(path: Path, rows: int) -> dict[str, Any]:
     return {"rows": found, "seconds": time.perf_counter() - started}
 
 
-def summarise(path: Path, rows: int) -> dict[str, Any]:
-    """Count all rows, which every metric is a function of."""
+def summary(path: Path, rows: int) -> dict[str, Any]:
+    """Count all rows, and compute every metric that counts allow."""
     started = time.perf_counter()
-    counts = count(TraceFile(path))
+    results = summarise(count(TraceFile(path)))
     seconds = time.perf_counter() - started
-    return {"rows": len(TraceFile(path)), "seconds": seconds, "layers": len(counts.layers)}
+    return {"rows": len(TraceFile(path)), "seconds": seconds, "results": len(results)}
 
 
 def peak_megabytes() -> float:
@@ -100,7 +100,7 @@ def peak_megabytes() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-STAGES = {"write": write, "read": read, "count": summarise}
+STAGES = {"write": write, "read": read, "summary": summary}
 
 
 def main() -> None:
@@ -133,7 +133,7 @@ def main() -> None:
         found = report[stage]
         rate, added = found["rows"] / found["seconds"], found["peak_mb"] - found["imports_mb"]
         print(
-            f"{stage:6} {found['rows']:,} rows in {found['seconds']:5.1f} s, {rate:11,.0f} rows/s, peak "
+            f"{stage:7} {found['rows']:,} rows in {found['seconds']:5.1f} s, {rate:11,.0f} rows/s, peak "
             f"{found['peak_mb']:.0f} MB: {found['imports_mb']:.0f} MB of imports and {added:.0f} MB of the trace"
         )
     print(f"{report['bytes_per_row']:.1f} bytes a row\n{report['machine']}")
