@@ -32,6 +32,7 @@ def test_every_command_of_the_design_is_there() -> None:
         "upcycle",
         "export",
         "inspect",
+        "trace",
         "plan",
         "reproduce",
         "bench",
