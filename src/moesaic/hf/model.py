@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,7 +24,7 @@ from moesaic.hf.families import family_of
 from moesaic.hf.forward import forward_context, num_tokens, positions_after, sequence_weights
 from moesaic.hf.limits import check_needs, check_pipeline, check_vocabulary
 from moesaic.hf.output import MoeCausalLMOutput, MoeModelOutput
-from moesaic.hf.threads import for_this_thread
+from moesaic.hf.threads import Entered, for_this_thread
 from moesaic.layer import MoEBlock, OverrideFactory, Router, RoutingContext, override_of
 from moesaic.layer.balance import BalanceObjective, Coefficients
 
@@ -108,7 +107,7 @@ class MoesaicModel(MoesaicPreTrainedModel):
         self._draws = "random_numbers" in spec.depends_on(training=True)
         self.gradient_checkpointing = False
         self._listeners: OrderedDict[int, RoutingListener] = OrderedDict()
-        self._overrides: list[tuple[int, OverrideFactory]] = []
+        self._overrides: list[Entered[OverrideFactory]] = []
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -132,17 +131,18 @@ class MoesaicModel(MoesaicPreTrainedModel):
         return handle
 
     @contextlib.contextmanager
-    def override_routing(self, factory: OverrideFactory) -> Iterator[None]:
+    def override_routing(self, factory: OverrideFactory, *, own_thread: bool = False) -> Iterator[None]:
         """Change the routing of every forward pass that begins inside this block; see `RoutingOverride`.
 
         Blocks may be nested: an inner override gets the routing that the outer one made. A thread that overrides follows its
-        own overrides only; one that does not follows those of the thread that does. A backward pass that recomputes
-        layers after the block meets the override of its forward pass all the same.
+        own overrides only; one that does not follows those of the thread that does, except with `own_thread`. A backward pass
+        that recomputes layers after the block meets the override of its forward pass all the same.
 
         Args:
             factory: makes the override of one forward pass.
+            own_thread: change forward passes of this thread alone.
         """
-        entered = (threading.get_ident(), factory)
+        entered = Entered(factory, own_thread)
         self._overrides = [*self._overrides, entered]
         try:
             yield

@@ -29,7 +29,7 @@ class Overridable(Protocol):
         """Layers with a capacity of their own."""
         ...
 
-    def override_routing(self, factory: OverrideFactory) -> AbstractContextManager[None]:
+    def override_routing(self, factory: OverrideFactory, *, own_thread: bool = False) -> AbstractContextManager[None]:
         """See `MoesaicModel.override_routing`."""
         ...
 
@@ -46,8 +46,8 @@ class _OurModel:
     def limited(self) -> frozenset[int]:
         return frozenset(layer for layer, block in self.model.moe_blocks().items() if block.capacity is not None)
 
-    def override_routing(self, factory: OverrideFactory) -> AbstractContextManager[None]:
-        return self.model.override_routing(factory)
+    def override_routing(self, factory: OverrideFactory, *, own_thread: bool = False) -> AbstractContextManager[None]:
+        return self.model.override_routing(factory, own_thread=own_thread)
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class _StockModel:
     def limited(self) -> frozenset[int]:
         return frozenset()
 
-    def override_routing(self, factory: OverrideFactory) -> AbstractContextManager[None]:
-        return self.overrides.override_routing(factory)
+    def override_routing(self, factory: OverrideFactory, *, own_thread: bool = False) -> AbstractContextManager[None]:
+        return self.overrides.override_routing(factory, own_thread=own_thread)
 
 
 def overridable(model: nn.Module) -> Overridable:
@@ -93,15 +93,18 @@ def overridable(model: nn.Module) -> Overridable:
     return _OurModel(ours)
 
 
-def override_routing(model: nn.Module, factory: OverrideFactory) -> AbstractContextManager[None]:
+def override_routing(
+    model: nn.Module, factory: OverrideFactory, *, own_thread: bool = False
+) -> AbstractContextManager[None]:
     """Change the routing of every forward pass that begins inside this block, of our models and of stock ones.
 
     Args:
         model: the model, or a module that holds it.
         factory: makes the override of one forward pass; see `moesaic.layer.RoutingOverride`.
+        own_thread: change forward passes of this thread alone.
 
     Raises:
         UnsupportedModel: if it has no MoE layer, or its routing can't be read.
         UnsupportedOverride: if picks of its tokens can't be replaced, with the reason.
     """
-    return overridable(model).override_routing(factory)
+    return overridable(model).override_routing(factory, own_thread=own_thread)

@@ -19,7 +19,7 @@ from moesaic.errors import UnsupportedOverride
 from moesaic.hf.forward import num_tokens
 from moesaic.hf.stock_listener import StockListener, named_arguments
 from moesaic.hf.stock_routing import StockRouter
-from moesaic.hf.threads import for_this_thread
+from moesaic.hf.threads import Entered, for_this_thread
 from moesaic.layer import OverrideFactory, Router, RoutingContext, override_of
 
 
@@ -50,9 +50,9 @@ class StockOverrides:
         return {layer: router.router for layer, router in self._listener.routers.items()}
 
     @contextlib.contextmanager
-    def override_routing(self, factory: OverrideFactory) -> Iterator[None]:
+    def override_routing(self, factory: OverrideFactory, *, own_thread: bool = False) -> Iterator[None]:
         """As `MoesaicModel.override_routing`."""
-        overriding = _Overriding(self._listener, factory)
+        overriding = _Overriding(self._listener, factory, own_thread=own_thread)
         try:
             yield
         finally:
@@ -85,10 +85,10 @@ class _Overriding:
     are recomputed.
     """
 
-    def __init__(self, listener: StockListener, factory: OverrideFactory) -> None:
+    def __init__(self, listener: StockListener, factory: OverrideFactory, *, own_thread: bool) -> None:
         self._factory, self._hearing = factory, listener.hearing(lambda context: None)
         self._name = f"routing_override_{id(self)}"
-        self._thread, self._here = threading.get_ident(), _Here()
+        self._entered, self._here = Entered(self, own_thread), _Here()
         self._live: set[int] = set()
         self._numbers, self._closed = itertools.count(), False
         self._decoder = listener.decoder
@@ -137,7 +137,7 @@ class _Overriding:
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         active = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
-        entered = [(other._thread, other) for other in active if isinstance(other, _Overriding)]
+        entered = [other._entered for other in active if isinstance(other, _Overriding)]
         if self not in for_this_thread(entered):
             return None
         self._hearing.before_decoder(module, args, kwargs)
@@ -147,6 +147,8 @@ class _Overriding:
         named = named_arguments(module, args, kwargs)
         tokens = num_tokens(named.get("input_ids"), named.get("inputs_embeds"))
         context.override = override_of([self._factory], context, tokens)
+        if context.override is None:
+            return None
         if not self._travels:
             if module.training and getattr(module, "is_gradient_checkpointing", False):
                 raise UnsupportedOverride(

@@ -41,8 +41,9 @@ class RoutingOverride(Protocol):
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
-OverrideFactory = Callable[[RoutingContext, int], RoutingOverride]
-"""Makes the override of a forward pass, before any layer runs, from its context and the number of its tokens T."""
+OverrideFactory = Callable[[RoutingContext, int], RoutingOverride | None]
+"""Makes the override of a forward pass, before any layer runs, from its context and the number of its tokens T; None leaves
+the pass the model's own routing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +64,14 @@ def _uncompiled(function: FunctionT) -> FunctionT:
 
 
 @_uncompiled  # it looks tokens up on the host
-def override_of(factories: Sequence[OverrideFactory], context: RoutingContext, num_tokens: int) -> RoutingOverride:
-    """The override of a forward pass, from those who make one."""
-    parts = [factory(context, num_tokens) for factory in factories]
+def override_of(
+    factories: Sequence[OverrideFactory], context: RoutingContext, num_tokens: int
+) -> RoutingOverride | None:
+    """The override of a forward pass, from those who make one; None if none of them changes anything."""
+    made = [factory(context, num_tokens) for factory in factories]
+    parts = [part for part in made if part is not None]
+    if not parts:
+        return None
     return parts[0] if len(parts) == 1 else Overrides(parts)
 
 

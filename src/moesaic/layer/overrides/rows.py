@@ -31,7 +31,7 @@ class RowOverrides:
             raise ConfigError("rows", [], "is empty", "give an override or None for each row of the batch")
         self._rows = list(factories)
 
-    def __call__(self, context: RoutingContext, num_tokens: int) -> RoutingOverride:
+    def __call__(self, context: RoutingContext, num_tokens: int) -> RoutingOverride | None:
         batch, given = context.batch_size, len(self._rows)
         if batch % given:
             raise ConfigError(
@@ -41,12 +41,16 @@ class RowOverrides:
                 "give one for each row, or for each prompt",
             )
         distinct = {id(factory): factory for factory in self._rows if factory is not None}
-        parts = []
+        parts, some_plain = [], any(factory is None for factory in self._rows)
         for factory in distinct.values():
             has_R = torch.tensor([other is factory for other in self._rows])
             has_T = has_R.repeat_interleave(batch // given).repeat_interleave(num_tokens // batch)
-            parts.append((factory(_only(context, has_T), num_tokens), has_T))
-        return _RowsPass(tuple(parts), any(factory is None for factory in self._rows))
+            made = factory(_only(context, has_T), num_tokens)
+            if made is None:
+                some_plain = True
+            else:
+                parts.append((made, has_T))
+        return _RowsPass(tuple(parts), some_plain) if parts else None
 
 
 @dataclass(frozen=True)

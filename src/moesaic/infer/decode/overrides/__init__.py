@@ -5,5 +5,6 @@ from __future__ import annotations
 from moesaic.infer.decode.overrides.apply import check_override, override_routing
 from moesaic.infer.decode.overrides.replayed import ReplayedTrace
 from moesaic.infer.decode.overrides.spec import OverrideLike, OverrideSpec
+from moesaic.infer.decode.overrides.switch import RoutingSwitch
 
-__all__ = ["OverrideLike", "OverrideSpec", "ReplayedTrace", "check_override", "override_routing"]
+__all__ = ["OverrideLike", "OverrideSpec", "ReplayedTrace", "RoutingSwitch", "check_override", "override_routing"]

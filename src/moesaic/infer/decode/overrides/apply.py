@@ -49,11 +49,11 @@ def override_routing(
     """
     found = overridable(model)
     if rows is None:
-        factory = _factory(OverrideSpec.of(override), model, found)
+        factory = factory_of(OverrideSpec.of(override), model, found)
     else:
         if not isinstance(override, tuple) or override:
             raise ConfigError("rows", list(rows), "goes with no override for all rows", "give one of the two")
-        factory = _by_row(ByRow.of(rows), model, found)
+        factory = factory_by_row(ByRow.of(rows), model, found)
     with found.override_routing(factory):
         yield
 
@@ -75,7 +75,8 @@ def check_override(override: OverrideLike, routers: Mapping[int, Router]) -> Ove
     return spec
 
 
-def _factory(spec: OverrideSpec, model: nn.Module, found: Overridable) -> OverrideFactory:
+def factory_of(spec: OverrideSpec, model: nn.Module, found: Overridable) -> OverrideFactory:
+    """What makes the override of each forward pass, checked against the model; raises what `override_routing` does."""
     check_override(spec, found.routers)
     factories: list[OverrideFactory] = [
         part.factory(model, found) for part in spec.parts if isinstance(part, ReplayedTrace)
@@ -86,7 +87,8 @@ def _factory(spec: OverrideSpec, model: nn.Module, found: Overridable) -> Overri
     return factories[0] if len(factories) == 1 else _Several(factories)
 
 
-def _by_row(by_row: ByRow, model: nn.Module, found: Overridable) -> OverrideFactory:
+def factory_by_row(by_row: ByRow, model: nn.Module, found: Overridable) -> OverrideFactory:
+    """As `factory_of`, with an override of its own for each row."""
     if found.limited:
         raise UnsupportedOverride(
             f"layer {min(found.limited)} has a capacity, for which rows of one batch compete and whose slots follow from the "
@@ -95,7 +97,7 @@ def _by_row(by_row: ByRow, model: nn.Module, found: Overridable) -> OverrideFact
     factories: dict[int, OverrideFactory] = {}
     for spec in by_row.rows:
         if spec is not None and id(spec) not in factories:
-            factories[id(spec)] = _factory(spec, model, found)
+            factories[id(spec)] = factory_of(spec, model, found)
     return RowOverrides([None if spec is None else factories[id(spec)] for spec in by_row.rows])
 
 
@@ -105,5 +107,5 @@ class _Several:
     def __init__(self, factories: Sequence[OverrideFactory]) -> None:
         self._factories = factories
 
-    def __call__(self, context: RoutingContext, num_tokens: int) -> RoutingOverride:
+    def __call__(self, context: RoutingContext, num_tokens: int) -> RoutingOverride | None:
         return override_of(self._factories, context, num_tokens)
