@@ -1,15 +1,19 @@
-"""Decoding: computing it natively, and with another routing than the model's own."""
+"""DecodingStrategy: computing it natively, and with another routing than the model's own."""
 
 from __future__ import annotations
 
+from moesaic.infer.decode.decodings import DecodingStrategy, SelfContrast, SelfContrastRows
 from moesaic.infer.decode.fast import FastDecoding, fast_decoding
 from moesaic.infer.decode.overrides import OverrideLike, OverrideSpec, ReplayedTrace, check_override, override_routing
 
 __all__ = [
+    "DecodingStrategy",
     "FastDecoding",
     "OverrideLike",
     "OverrideSpec",
     "ReplayedTrace",
+    "SelfContrast",
+    "SelfContrastRows",
     "check_override",
     "fast_decoding",
     "override_routing",

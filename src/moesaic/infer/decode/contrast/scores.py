@@ -1,0 +1,39 @@
+"""Two next-token distributions, a strong and a weak one, set against each other: equations 5 and 6 of SCMoE
+(arXiv 2405.14507), which are those of contrastive decoding (arXiv 2210.15097, 2309.09117)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def plausible(strong_BV: Tensor, alpha: float) -> Tensor:
+    """The tokens whose probability is at least `alpha` times that of the likeliest (equation 6).
+
+    Args:
+        strong_BV: logits of the strong distribution.
+        alpha: in (0, 1]; 1 leaves the likeliest tokens alone.
+
+    Returns:
+        (B, V), bool.
+    """
+    return strong_BV >= strong_BV.amax(-1, keepdim=True) + math.log(alpha)
+
+
+def contrast(strong_BV: Tensor, weak_BV: Tensor, *, alpha: float, beta: float) -> Tensor:
+    """(1 + beta) strong - beta weak for plausible tokens, -inf for others (equation 5), in float32.
+
+    Both may be shifted by a constant for each row, as log-probabilities are, which changes nothing but a constant.
+
+    Args:
+        strong_BV: logits of the strong distribution; -inf for tokens that are ruled out.
+        weak_BV: logits of the weak one.
+        alpha: see `plausible`; 0 finds every token plausible that is not ruled out.
+        beta: strength, 0 or more.
+    """
+    strong_BV, weak_BV = strong_BV.float(), weak_BV.float()
+    kept_BV = strong_BV > -torch.inf if alpha == 0 else plausible(strong_BV, alpha)
+    # With the mask last, infinities are never subtracted from each other.
+    return torch.where(kept_BV, strong_BV + beta * (strong_BV - weak_BV), -torch.inf)

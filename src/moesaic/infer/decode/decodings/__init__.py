@@ -1,0 +1,8 @@
+"""Decodings as data, one mechanism a file; each can be handed to `generate` as `custom_generate`."""
+
+from __future__ import annotations
+
+from moesaic.infer.decode.decodings.base import DecodingStrategy
+from moesaic.infer.decode.decodings.self_contrast import SelfContrast, SelfContrastRows
+
+__all__ = ["DecodingStrategy", "SelfContrast", "SelfContrastRows"]

@@ -1,0 +1,80 @@
+"""What decodings share: a config that `generate` of transformers can call."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from abc import ABC, abstractmethod
+from typing import Any, cast
+
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from moesaic.configuration import Config
+from moesaic.errors import ConfigError
+
+
+class DecodingStrategy(Config, ABC):
+    """One way to choose tokens, beside those of transformers: `model.generate(..., custom_generate=decoding)`.
+
+    transformers (5.23) does not hand `streamer`, `tokenizer`, `synced_gpus` and `assistant_model` to a callable; use
+    `decoding.generate(model, ...)` for these.
+    """
+
+    @abstractmethod
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Continue prompts; arguments and result are those of transformers' loops."""
+
+    def generate(self, model: PreTrainedModel, inputs: Tensor | None = None, **given: Any) -> Any:
+        """`model.generate` with this decoding, and with a streamer and stop strings where they are given.
+
+        Args:
+            model: any causal language model that the decoding can run.
+            inputs: as for `model.generate`.
+            **given: all its other arguments.
+
+        Raises:
+            ConfigError: for an argument that can't be honoured.
+        """
+        for name, remedy in (
+            ("assistant_model", "decode without one"),
+            ("custom_generate", "call that one's `generate`"),
+        ):
+            if given.pop(name, None) is not None:
+                raise ConfigError(name, "given", f"does not go with {type(self).__name__}", remedy)
+        bound = {name: given.pop(name) for name in ("streamer", "synced_gpus") if given.get(name) is not None}
+        given = _with_stop_strings(model, given)
+        if "streamer" in bound:
+            given["streamer"] = bound["streamer"]  # it gets the prompt from `generate`, and tokens from the loop
+        return cast(Any, model).generate(inputs, custom_generate=functools.partial(self, **bound), **given)
+
+
+def _with_stop_strings(model: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with a criterion in the place of strings, which `generate` can't make without the tokenizer."""
+    tokenizer = given.pop("tokenizer", None)
+    config = given.get("generation_config") or model.generation_config
+    strings = given.pop("stop_strings", None) or getattr(config, "stop_strings", None)
+    if strings is None:
+        return given
+    if tokenizer is None:
+        raise ConfigError("tokenizer", None, "is missing, and stop_strings need it", "give the model's tokenizer")
+    config = copy.deepcopy(config)
+    config.stop_strings = None
+    criteria = [*(given.get("stopping_criteria") or []), StopStringCriteria(tokenizer, strings)]
+    return {**given, "generation_config": config, "stopping_criteria": StoppingCriteriaList(criteria)}
