@@ -14,6 +14,7 @@ from moesaic.data.config import (
     JsonlSource,
     MixtureStretch,
     PretrainedTokenizer,
+    ProblemsSource,
     PythonSource,
     Source,
     TextSource,
@@ -37,6 +38,7 @@ from moesaic.data.objective import (
 from moesaic.data.objective.build import TrainingObjective
 from moesaic.data.packing import IGNORED_LABEL, Batch, PackedSequences
 from moesaic.data.prepare import PreparedData, prepare_data
+from moesaic.data.problems import Problem, held_out_problems
 from moesaic.data.sources import read_documents
 from moesaic.data.summary import Amount, DataSummary
 from moesaic.data.text_batches import TextBatches
@@ -63,6 +65,8 @@ __all__ = [
     "PrefixLM",
     "PreparedData",
     "PretrainedTokenizer",
+    "Problem",
+    "ProblemsSource",
     "PythonSource",
     "Source",
     "SpanCorruption",
@@ -74,6 +78,7 @@ __all__ = [
     "TokenizerConfig",
     "TrainBPE",
     "TrainingObjective",
+    "held_out_problems",
     "load_tokenizer",
     "prepare_data",
     "read_documents",

@@ -13,6 +13,8 @@ from moesaic.errors import ConfigError
 
 PythonDomain = Literal["prose", "code", "tables", "documentation", "chat", "numbers"]
 DEMO_DOMAINS: tuple[PythonDomain, ...] = ("prose", "code")
+ProblemDomain = Literal["sums", "stories", "comparisons", "orders"]
+PROBLEM_DOMAINS: tuple[ProblemDomain, ...] = ("sums", "stories", "comparisons", "orders")
 
 
 class PythonSource(Config):
@@ -31,6 +33,27 @@ class PythonSource(Config):
     type: Literal["python"] = "python"
     domains: tuple[PythonDomain, ...] = Field(default=DEMO_DOMAINS, min_length=1)
     max_bytes: PositiveInt | None = None
+
+
+class ProblemsSource(Config):
+    """Problems with worked solutions, made from a seed: sums, word problems, comparisons of two sums, and orders of
+    several names. Each is a document: a question, steps, and the answer after `#`.
+
+    A problem's side of the split depends on what is to be computed, not on its wording.
+
+    Attributes:
+        domains: which kinds to make.
+        count: problems of each kind; some may be equal.
+        steps: numbers of steps to draw from: changes of a sum, or names between the first and the last of an order.
+            Comparisons have a step for each side.
+        seed: of the problems.
+    """
+
+    type: Literal["problems"] = "problems"
+    domains: tuple[ProblemDomain, ...] = Field(default=PROBLEM_DOMAINS, min_length=1)
+    count: PositiveInt = 10_000
+    steps: tuple[Annotated[int, Field(ge=1, le=10)], ...] = Field(default=(2,), min_length=1)
+    seed: NonNegativeInt = 0
 
 
 class _CappedSource(Config):
@@ -101,7 +124,9 @@ class DatasetsSource(_CappedSource):
     domain_field: str | None = None
 
 
-Source = Annotated[PythonSource | TextSource | JsonlSource | DatasetsSource, Field(discriminator="type")]
+Source = Annotated[
+    PythonSource | ProblemsSource | TextSource | JsonlSource | DatasetsSource, Field(discriminator="type")
+]
 
 
 class TrainBPE(Config):

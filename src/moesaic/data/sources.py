@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from moesaic.data.config import DatasetsSource, JsonlSource, PythonSource, Source, TextSource
+from moesaic.data.config import DatasetsSource, JsonlSource, ProblemsSource, PythonSource, Source, TextSource
 from moesaic.data.documents import Document, capped
 from moesaic.data.hf_datasets import read_dataset
+from moesaic.data.problems import PROBLEMS_VERSION, read_problems
 from moesaic.data.python_corpus import read_code, read_prose, read_tables
 from moesaic.data.python_docs import read_chat, read_documentation, read_numbers
 from moesaic.data.text_files import find_files, read_jsonl, read_text
@@ -34,6 +35,9 @@ def read_documents(sources: Iterable[Source]) -> Iterator[Document]:
         if isinstance(source, PythonSource):
             for domain in source.domains:
                 yield from capped(_PYTHON_DOMAINS[domain](), max_bytes=source.max_bytes)
+        elif isinstance(source, ProblemsSource):
+            for domain in source.domains:
+                yield from read_problems(source, domain)
         else:
             yield from capped(_read(source), max_documents=source.max_documents, max_bytes=source.max_bytes)
 
@@ -48,6 +52,8 @@ def fingerprint(source: Source) -> Any:
     """
     if isinstance(source, PythonSource):
         return sys.version
+    if isinstance(source, ProblemsSource):
+        return PROBLEMS_VERSION
     if isinstance(source, TextSource | JsonlSource):
         return _stamps(find_files(source.paths))
     return _stamps(_local_files(source))
