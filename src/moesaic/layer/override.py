@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
+from moesaic.layer.asked import OWN, Asked, asked_of
 from moesaic.layer.record import Routing, RoutingContext
 
 if TYPE_CHECKING:
@@ -56,6 +57,14 @@ class Overrides:
         for part in self.parts:
             routing = part(layer, router, routing, context)
         return routing
+
+    def asked(self, layer: int, num_experts: int, top_k: int) -> Asked | None:
+        """See `SaysPicks`."""
+        found = [asked_of(part, layer, num_experts, top_k) for part in self.parts]
+        changing = [asked for asked in found if asked is None or asked.pick_TK is not None]
+        if not changing:
+            return OWN
+        return changing[0] if len(changing) == 1 else None
 
 
 def _uncompiled(function: FunctionT) -> FunctionT:

@@ -14,6 +14,7 @@ from moesaic.infer.decode.router import FastSoftmaxRouter, FastTopKRouter, recor
 from moesaic.infer.decode.swap import runs
 from moesaic.infer.decode.watch import Watch
 from moesaic.layer import RoutingContext
+from moesaic.layer.asked import OWN, Asked, asked_of
 from moesaic.layer.kernels import VARIABLE, ExpertWeights
 from moesaic.layer.kernels.native import decode
 
@@ -53,14 +54,21 @@ class FastBlock:
         # Our experts run the same kernels under "eager".
         return (IMPLEMENTATION, "eager") if self._is_ours else (IMPLEMENTATION,)
 
-    def __call__(self, x_B1D: Tensor, residual: Tensor, context: RoutingContext | None) -> Tensor:
+    def asked(self, context: RoutingContext | None) -> Asked | None:
+        """The picks that the override of a context asks for; None if it must be called to tell."""
+        if context is None or context.override is None:
+            return OWN
+        gate = self._block.gate
+        return asked_of(context.override, self._block.layer, gate.weight.shape[0], gate.top_k)
+
+    def __call__(self, x_B1D: Tensor, residual: Tensor, context: RoutingContext | None, asked: Asked = OWN) -> Tensor:
         """residual + block(x), whose routing is committed to `context` if there is one."""
-        block = self._block
+        block, pick_TK = self._block, asked.pick_TK
         # Those placed after the layer belong to a hook of it, which runs in any case.
         shared = self._is_ours and block.shared_experts is not None and block.shared_norm is None
-        y_B1D, picks = self._plan(x_B1D, None if shared else residual)
+        y_B1D, picks = self._plan(x_B1D, None if shared else residual, pick_TK)
         if context is not None:
-            context.commit(block.layer, record_of(picks))
+            context.commit(block.layer, record_of(picks, overridden=pick_TK is not None))
         if shared:
             y_B1D = residual + (y_B1D + block._shared(x_B1D, None))
         return y_B1D

@@ -66,9 +66,10 @@ class FastLayer(Fast):
             return None
         sum_B1D, y_B1D = held.first(x_B1D, step.address)
         step.done()
-        overridden = context is not None and context.override is not None
-        if held.second is not None and not overridden and held.second.takes(y_B1D):
-            return held.second(y_B1D, sum_B1D, context)
+        if held.second is not None and held.second.takes(y_B1D):
+            asked = held.second.asked(context)
+            if asked is not None:
+                return held.second(y_B1D, sum_B1D, context, asked)
         if held.ours is not None:
             held.ours.context = context
         return sum_B1D + own.mlp(y_B1D)

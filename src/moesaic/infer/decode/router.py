@@ -97,6 +97,8 @@ def rule_of(router: Any) -> decode.RouterRule:
     )
 
 
-def record_of(picks: decode.Picks) -> Routing:
-    """The record of our router."""
-    return Routing(picks.index_TK, picks.weight_TK, picks.logits_TN, picks.scores_TN, picks.scores_TN)
+def record_of(picks: decode.Picks, *, overridden: bool = False) -> Routing:
+    """The record of our router, or what an override made of it."""
+    index_TK, weight_TK, logits_TN, scores_TN = picks.index_TK, picks.weight_TK, picks.logits_TN, picks.scores_TN
+    chosen_TK = index_TK if overridden else None
+    return Routing(index_TK, weight_TK, logits_TN, scores_TN, scores_TN, chosen_TK=chosen_TK, overridden=overridden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, ClassVar, cast
@@ -51,6 +52,10 @@ class TokenKeys:
                 real_BL = context.mask_T.view(real_BL.shape).to(torch.int64)
             position_T = (real_BL.cumsum(-1) - 1).clamp(min=0).reshape(-1)
         return cls(position_T.to(device, torch.int64), token_T)
+
+
+KeysOn = Callable[[torch.device], TokenKeys]
+"""Gives the keys of a forward pass on a device."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +200,19 @@ class OverridePart(Config, ABC):
                 f"{self.name} can't act in layer {layer}: router {kind} can't say the weights of picks that are not its own; "
                 "override another layer, or change weights only"
             )
+
+    def picks(self, layer: int, num_experts: int, keys: KeysOn) -> Sequence[int] | Tensor | None:
+        """The picks that it leaves a token with, if these can be said before the router has run, as `Asked` says them.
+
+        Args:
+            layer: index of the decoder layer.
+            num_experts: N; each token may pick any of them.
+            keys: what tells tokens apart.
+
+        Returns:
+            (K,) for all tokens, int64 (T, K), or None if only `apply` can tell.
+        """
+        return None
 
     @abstractmethod
     def apply(self, picking: Picking) -> Picking:

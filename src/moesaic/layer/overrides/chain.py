@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from moesaic.errors import ConfigError
+from moesaic.layer.asked import OWN, Asked, same_for_all
 from moesaic.layer.override import RoutingOverride
 from moesaic.layer.overrides.base import OverridePart, Phase, Picking, TokenKeys
+from moesaic.layer.overrides.top_k import TopK
 from moesaic.layer.overrides.without import WithoutExperts, replace_excluded
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import Router
@@ -25,28 +28,31 @@ class Parts:
     """
 
     parts: Sequence[OverridePart]
+    _asked: dict[tuple[int, ...], Asked] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, context: RoutingContext, num_tokens: int) -> RoutingOverride:
-        return _Pass(tuple(sorted(self.parts, key=lambda part: part.phase)), _Keys(context, num_tokens))
+        return _Pass(sorted(self.parts, key=lambda part: part.phase), _Keys(context, num_tokens), self._asked)
 
 
 class _Keys:
     """The keys of a pass, made once on the device of its routers."""
 
     def __init__(self, context: RoutingContext, num_tokens: int) -> None:
-        self._context, self._num_tokens = context, num_tokens
+        self._context, self.num_tokens = context, num_tokens
         self._keys: TokenKeys | None = None
 
     def on(self, device: torch.device) -> TokenKeys:
         if self._keys is None or self._keys.position_T.device != device:
-            self._keys = TokenKeys.of(self._context, self._num_tokens, device)
+            self._keys = TokenKeys.of(self._context, self.num_tokens, device)
         return self._keys
 
 
 @dataclass(frozen=True)
 class _Pass:
-    parts: tuple[OverridePart, ...]
+    parts: Sequence[OverridePart]
     keys: _Keys
+    lasting: dict[tuple[int, ...], Asked]
+    """What was asked before of every token alike, kept by the factory for all of its passes."""
 
     def __call__(self, layer: int, router: Router, routing: Routing, context: RoutingContext) -> Routing:
         parts = [part for part in self.parts if part.covers(layer)]
@@ -64,6 +70,25 @@ class _Pass:
                     excluded_M[list(cast(WithoutExperts, leaves_out).without)] = True
                 picking = replace_excluded(picking, excluded_M)
         return routing if picking is before else picking.done()
+
+    def asked(self, layer: int, num_experts: int, top_k: int) -> Asked | None:
+        """See `SaysPicks`."""
+        places = [place for place, part in enumerate(self.parts) if part.covers(layer)]
+        if not places:
+            return OWN
+        if len(places) > 1:
+            return None
+        tokens = self.keys.num_tokens
+        found = self.lasting.get(key := (*places, num_experts, top_k, tokens))
+        if found is not None:
+            return found
+        part = self.parts[places[0]]
+        picks = part.picks(layer, num_experts, self.keys.on)
+        if picks is None or isinstance(picks, Tensor):
+            return None if picks is None else Asked(picks.contiguous(), lasting=False)
+        own = isinstance(part, TopK) and part.k == top_k
+        found = self.lasting[key] = OWN if own else same_for_all(picks, tokens)
+        return found
 
 
 def check_parts(parts: Sequence[OverridePart], routers: Mapping[int, Router]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt, model_validator
 
 from moesaic.errors import UnsupportedOverride
-from moesaic.layer.overrides.base import OverridePart, Phase, Picking, check_distinct, check_experts
+from moesaic.layer.overrides.base import KeysOn, OverridePart, Phase, Picking, check_distinct, check_experts
 from moesaic.layer.routers.base import Router
 
 
@@ -39,6 +40,9 @@ class FixedExperts(OverridePart):
                 f"experts can't act in layer {layer}: its router ({router.config.type}) has no scores for experts of other "
                 "modalities; use rank, k or without"
             )
+
+    def picks(self, layer: int, num_experts: int, keys: KeysOn) -> Sequence[int]:
+        return [-1 - expert for expert in self.experts]
 
     def apply(self, picking: Picking) -> Picking:
         expert_K = torch.tensor(self.experts, device=picking.order_TM.device)

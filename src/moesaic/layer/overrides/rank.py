@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveInt, model_validator
 
-from moesaic.layer.overrides.base import OverridePart, Phase, Picking, check_at_most, check_distinct
+from moesaic.layer.overrides.base import KeysOn, OverridePart, Phase, Picking, check_at_most, check_distinct
 from moesaic.layer.routers.base import Router
 
 
@@ -37,6 +38,9 @@ class Rank(OverridePart):
     def check(self, layer: int, router: Router) -> None:
         super().check(layer, router)
         check_at_most("rank", max(self.rank), router.most_admitted, layer, "experts that a token may have")
+
+    def picks(self, layer: int, num_experts: int, keys: KeysOn) -> Sequence[int]:
+        return self.rank
 
     def apply(self, picking: Picking) -> Picking:
         last = max(self.rank)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.errors import ConfigError
+from moesaic.layer.asked import Asked, asked_of, merged
 from moesaic.layer.override import OverrideFactory, RoutingOverride
 from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import Router
@@ -30,6 +31,7 @@ class RowOverrides:
         if not factories:
             raise ConfigError("rows", [], "is empty", "give an override or None for each row of the batch")
         self._rows = list(factories)
+        self._last: _Rows | None = None
 
     def __call__(self, context: RoutingContext, num_tokens: int) -> RoutingOverride | None:
         batch, given = context.batch_size, len(self._rows)
@@ -40,23 +42,50 @@ class RowOverrides:
                 f"entries do not fit a batch of {batch} rows",
                 "give one for each row, or for each prompt",
             )
-        distinct = {id(factory): factory for factory in self._rows if factory is not None}
-        parts, some_plain = [], any(factory is None for factory in self._rows)
-        for factory in distinct.values():
-            has_R = torch.tensor([other is factory for other in self._rows])
-            has_T = has_R.repeat_interleave(batch // given).repeat_interleave(num_tokens // batch)
-            made = factory(_only(context, has_T), num_tokens)
+        rows, parts, own_T = self._rows_of(batch, num_tokens), [], None
+        for factory, has_T in rows.tokens:
+            made = None if factory is None else factory(_only(context, has_T), num_tokens)
             if made is None:
-                some_plain = True
+                own_T = has_T if own_T is None else own_T | has_T
             else:
                 parts.append((made, has_T))
-        return _RowsPass(tuple(parts), some_plain) if parts else None
+        return _RowsPass(tuple(parts), own_T, rows.merged) if parts else None
+
+    def _rows_of(self, batch: int, num_tokens: int) -> _Rows:
+        # Steps of decoding are all alike.
+        last = self._last
+        if last is None or (last.batch, last.num_tokens) != (batch, num_tokens):
+            tokens = []
+            for factory in {id(factory): factory for factory in self._rows}.values():
+                has_R = torch.tensor([other is factory for other in self._rows])
+                has_B = has_R.repeat_interleave(batch // len(self._rows))
+                tokens.append((factory, has_B.repeat_interleave(num_tokens // batch)))
+            last = self._last = _Rows(batch, num_tokens, tuple(tokens))
+        return last
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Whose the tokens of a shape of batch are.
+
+    Attributes:
+        batch: B.
+        num_tokens: T.
+        tokens: each factory, and None, with the tokens of its rows: bool (T,).
+        merged: what all of them ask for, by what each does.
+    """
+
+    batch: int
+    num_tokens: int
+    tokens: tuple[tuple[OverrideFactory | None, Tensor], ...]
+    merged: dict[tuple[Asked | int, ...], Asked] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _RowsPass:
     parts: tuple[tuple[RoutingOverride, Tensor], ...]
-    some_plain: bool
+    own_T: Tensor | None
+    merged: dict[tuple[Asked | int, ...], Asked]
 
     def __call__(self, layer: int, router: Router, routing: Routing, context: RoutingContext) -> Routing:
         device = routing.index_TK.device
@@ -66,10 +95,26 @@ class _RowsPass:
             found.append((override(layer, router, routing, _only(context, has_T)), has_T))
         if all(made is routing for made, _ in found):
             return routing
-        merged = found[0][0] if not self.some_plain else routing
+        merged = found[0][0] if self.own_T is None else routing
         for made, has_T in found:
             merged = _merge(merged, made, has_T)
         return merged
+
+    def asked(self, layer: int, num_experts: int, top_k: int) -> Asked | None:
+        """See `SaysPicks`."""
+        parts, key = [], [top_k]
+        for override, has_T in self.parts:
+            asked = asked_of(override, layer, num_experts, top_k)
+            if asked is None:
+                return None
+            parts.append((asked, has_T))
+            key += [asked, id(has_T)]
+        found = self.merged.get(tuple(key))
+        if found is None:
+            found = merged(parts, self.own_T, top_k)
+            if found.lasting:
+                self.merged[tuple(key)] = found
+        return found
 
 
 def _merge(first: Routing, second: Routing, second_T: Tensor) -> Routing:

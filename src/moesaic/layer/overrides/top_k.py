@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import PositiveInt
 
-from moesaic.layer.overrides.base import OverridePart, Phase, Picking, check_at_most
+from moesaic.layer.overrides.base import KeysOn, OverridePart, Phase, Picking, check_at_most
 from moesaic.layer.routers.base import Router
 
 
@@ -29,6 +30,9 @@ class TopK(OverridePart):
     def check(self, layer: int, router: Router) -> None:
         super().check(layer, router)
         check_at_most("k", self.k, router.most_admitted, layer, "experts that a token may have")
+
+    def picks(self, layer: int, num_experts: int, keys: KeysOn) -> Sequence[int]:
+        return range(1, self.k + 1)
 
     def apply(self, picking: Picking) -> Picking:
         router, routing = picking.router, picking.routing

@@ -18,6 +18,8 @@ from moesaic.layer.kernels.native import decode_library, library
 from moesaic.layer.kernels.native.experts import packed
 from moesaic.layer.kernels.weights import ExpertWeights
 
+_NO_SUCH_PICK = -3
+
 # Most rows (tokens of all sequences) that these functions are for.
 ROWS_MOST = 16
 
@@ -183,7 +185,14 @@ class RouterPlan:
         rows = x_TD.shape[0]
         picks = _no_picks(rows, self._num_experts, self._top_k)
         failed = self._run(
-            self._address, x_TD.data_ptr(), x_TD.stride(0), rows, *map(Tensor.data_ptr, picks), torch.get_num_threads()
+            self._address,
+            x_TD.data_ptr(),
+            x_TD.stride(0),
+            rows,
+            None,
+            self._top_k,
+            *map(Tensor.data_ptr, picks),
+            torch.get_num_threads(),
         )
         if failed:
             raise MemoryError(f"no memory for {rows} rows of {self._num_experts} experts")
@@ -333,20 +342,33 @@ class MoEHalfPlan:
         self._address = ctypes.addressof(self._call)
         self._run = decode_library.calls().moe_half
 
-    def __call__(self, x_TD: Tensor, residual: Tensor | None) -> tuple[Tensor, Picks]:
-        """The experts' output, added to `residual` if there is one, in the shape of `x_TD`; and the picks."""
+    def __call__(self, x_TD: Tensor, residual: Tensor | None, ask_TK: Tensor | None = None) -> tuple[Tensor, Picks]:
+        """The experts' output and the picks.
+
+        Args:
+            x_TD: input, contiguous.
+            residual: added to the output, which has the shape of `x_TD`; or None.
+            ask_TK: int64, contiguous: other picks than the K best, as `layer.override.Asked` says them.
+        """
         rows = x_TD.numel() // x_TD.shape[-1]
-        picks = _no_picks(rows, self._num_experts, self._top_k)
+        wide = self._top_k if ask_TK is None else ask_TK.shape[1]
+        if ask_TK is not None and (ask_TK.shape[0] != rows or not ask_TK.is_contiguous()):
+            raise ValueError(f"picks of {ask_TK.shape[0]} tokens do not fit {rows} rows")
+        picks = _no_picks(rows, self._num_experts, wide)
         y_TD = torch.empty_like(x_TD)
         failed = self._run(
             self._address,
             x_TD.data_ptr(),
             rows,
             None if residual is None else residual.data_ptr(),
+            None if ask_TK is None else ask_TK.data_ptr(),
+            wide,
             *map(Tensor.data_ptr, picks),
             y_TD.data_ptr(),
             torch.get_num_threads(),
         )
+        if failed == _NO_SUCH_PICK:
+            raise ValueError(f"picks outside of the {self._num_experts} experts and ranks: {ask_TK}")
         if failed:
             raise MemoryError(f"no memory for {rows} rows of {self._num_experts} experts")
         return y_TD, picks

@@ -114,9 +114,17 @@ def calls() -> Calls:
     loaded.moesaic_norm_rows.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p]
     loaded.moesaic_norm_rows.restype = None
     loaded.moesaic_attention_step.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64]
-    loaded.moesaic_router_step.argtypes = [c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 4, c_int64]
+    loaded.moesaic_router_step.argtypes = [
+        *[c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64],
+        *[c_void_p] * 4,
+        c_int64,
+    ]
     loaded.moesaic_attention_half_step.argtypes = [c_void_p, c_void_p, c_int64, *[c_void_p] * 3, c_int64]
-    loaded.moesaic_moe_half_step.argtypes = [c_void_p, c_void_p, c_int64, *[c_void_p] * 6, c_int64]
+    loaded.moesaic_moe_half_step.argtypes = [
+        *[c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64],
+        *[c_void_p] * 5,
+        c_int64,
+    ]
     for name in ("attention_step", "router_step", "attention_half_step", "moe_half_step"):
         getattr(loaded, f"moesaic_{name}").restype = ctypes.c_long
     return Calls(

@@ -72,8 +72,10 @@ typedef struct {
 long moesaic_attention_step(const moesaic_attention *in, const void *x, int64_t x_stride, int64_t batch,
                             const moesaic_place *place, void *y, int64_t threads);
 
-long moesaic_router_step(const moesaic_router *in, const void *x, int64_t x_stride, int64_t rows, float *logits,
-                         float *scores, int64_t *index, float *weight, int64_t threads);
+/* `ask` [rows, wide] says the picks of each row: the expert of a rank from 1 on, expert -1 - ask, or for 0 none, whose index
+ * is then N and weight 0. NULL for the ranks 1 to `wide`. Gives -3 if there is no such rank or expert. */
+long moesaic_router_step(const moesaic_router *in, const void *x, int64_t x_stride, int64_t rows, const int64_t *ask,
+                         int64_t wide, float *logits, float *scores, int64_t *index, float *weight, int64_t threads);
 
 /* y holds [rows, out] of each projection, one after the other; `wide` asks for float32 instead of the type. */
 long moesaic_linears_run(const moesaic_linears *in, const void *x, int64_t x_stride, int64_t rows, void *y, int64_t wide,

@@ -3,6 +3,8 @@
 #include "isa.h"
 #include "threads.h"
 
+#include <string.h>
+
 long moesaic_order(const int64_t *index, long picks, long num_experts, int64_t *pick, int64_t *expert, int64_t *row_end);
 long moesaic_experts_forward(const moesaic_experts *in);
 
@@ -31,20 +33,23 @@ long moesaic_attention_half_step(const moesaic_attention_half *in, const void *x
 }
 
 /* x is [rows, hidden], normalised; y is the experts' output, added to `residual` if that is given. */
-long moesaic_moe_half_step(const moesaic_moe_half *in, const void *x, int64_t rows, const void *residual, float *logits,
-                           float *scores, int64_t *index, float *weight, void *y, int64_t threads) {
+long moesaic_moe_half_step(const moesaic_moe_half *in, const void *x, int64_t rows, const void *residual,
+                           const int64_t *ask, int64_t wide, float *logits, float *scores, int64_t *index, float *weight,
+                           void *y, int64_t threads) {
     moesaic_experts call = in->experts;
-    long n = rows * call.hidden, picks = rows * in->router.top_k;
-    if (moesaic_router_step(&in->router, x, call.hidden, rows, logits, scores, index, weight, threads) != 0) return -1;
+    long n = rows * call.hidden, picks = rows * wide;
+    long failed = moesaic_router_step(&in->router, x, call.hidden, rows, ask, wide, logits, scores, index, weight, threads);
+    if (failed) return failed;
     int64_t *order = moesaic_scratch(SLOT_ORDER, 3 * picks * (long)sizeof(int64_t) + 3 * n * (long)sizeof(float));
     if (!order) return -1;
     call.num_groups = moesaic_order(index, picks, in->num_experts, order, order + picks, order + 2 * picks);
     if (call.num_groups < 0) return -1;
     call.y = (float *)(order + 3 * picks);
-    call.tokens = rows, call.top_k = in->router.top_k, call.threads = threads;
+    call.tokens = rows, call.top_k = wide, call.threads = threads;
     call.pick = order, call.expert = order + picks, call.row_end = order + 2 * picks, call.weight = weight;
     call.x = x, call.x_stride = call.hidden;
-    if (moesaic_experts_forward(&call) != 0) return -1;
+    if (!call.num_groups) memset(call.y, 0, (size_t)n * sizeof(float));
+    else if (moesaic_experts_forward(&call) != 0) return -1;
     moesaic_isa_now->narrow[call.type](call.y, y, n);
     if (residual) add(call.type, residual, y, y, n, call.y + n);
     return 0;
