@@ -6,10 +6,12 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest  # noqa: F401
 import torch
 import torch.distributed
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
+import transformers.models.llama.modeling_llama  # noqa: F401
 
 import moesaic
 import moesaic.train  # noqa: F401

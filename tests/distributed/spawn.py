@@ -8,44 +8,98 @@ import os
 import pickle
 import queue
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60.0) -> list[Any]:
-    """Results of `function(*arguments)` on ranks 0 to world - 1, in order.
+    """Results of `function(*arguments)` on ranks 0 to world - 1, in order, in new processes.
 
-    Children come from a fork server that has imported everything, so that a world starts in a fraction of a second.
     `function` must be importable; inside it torch.distributed is started.
 
     Raises:
         AssertionError: with the traceback of the first rank that failed, or if some did not end in time.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.distributed.preload"])
-    answers = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            context.Process(target=_rank, args=(rank, world, folder, answers, function, arguments), daemon=True)
-            for rank in range(world)
+    with Ranks(world) as ranks:
+        return ranks.run(function, *arguments, timeout=timeout)
+
+
+class Ranks:
+    """Ranks 0 to world - 1, waiting for functions to run.
+
+    They come from a fork server that has imported everything, so that a world starts in a fraction of a second.
+    """
+
+    def __init__(self, world: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.distributed.preload"])
+        self._answers = context.Queue()
+        self._tasks = [context.SimpleQueue() for _ in range(world)]
+        self._folder = tempfile.TemporaryDirectory()
+        self._processes = [
+            context.Process(target=_rank, args=(rank, world, self._folder.name, tasks, self._answers), daemon=True)
+            for rank, tasks in enumerate(self._tasks)
         ]
-        for rank in ranks:
-            rank.start()
+        for process in self._processes:
+            process.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 60.0) -> list[Any]:
+        """What `run_ranks` gives; after an error these ranks are of no use any more."""
+        # As bytes: a queue of multiprocessing would hand over file descriptors of tensors, which end with their process.
+        task = pickle.dumps((function, arguments))
+        for tasks in self._tasks:
+            tasks.put(task)
+        return _collect(self._processes, self._answers, time.monotonic() + timeout)
+
+    def end(self) -> None:
+        # All together: one that closes its connections early resets those of ranks still reading.
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        self._folder.cleanup()
+
+
+class Worlds:
+    """`run_ranks` for functions that leave nothing behind in their processes: these stay for the next function.
+
+    Args:
+        uses: of the same processes. Every process group that a function makes stays open in them.
+    """
+
+    def __init__(self, uses: int = 20) -> None:
+        self._uses = uses
+        self._open: dict[int, tuple[Ranks, int]] = {}
+
+    def __call__(self, world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        ranks, used = self._open.pop(world, None) or (Ranks(world), 0)
         try:
-            return _collect(ranks, answers, time.monotonic() + timeout)
-        finally:
-            for rank in ranks:
-                if rank.is_alive():
-                    rank.kill()
-                rank.join()
+            results = ranks.run(function, *arguments)
+        except BaseException:
+            ranks.end()
+            raise
+        if used + 1 < self._uses:
+            self._open[world] = ranks, used + 1
+        else:
+            ranks.end()
+        return results
+
+    def end(self) -> None:
+        while self._open:
+            self._open.popitem()[1][0].end()
 
 
 def _collect(ranks: list[Any], answers: Any, deadline: float) -> list[Any]:
@@ -82,27 +136,24 @@ def _more(answers: Any) -> dict[int, str]:
         return failures
 
 
-def _rank(
-    rank: int, world: int, folder: str, answers: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
+def _rank(rank: int, world: int, folder: str, tasks: Any, answers: Any) -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
-    failure = result = None
-    try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{Path(folder) / 'store'}",
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(seconds=30),
-        )
-        result = function(*arguments)
-    except BaseException:
-        failure = traceback.format_exc()
-    # As bytes: a queue of multiprocessing would hand over file descriptors of tensors, which end with this process.
-    answers.put((rank, failure, pickle.dumps(result)))
-    answers.close()
-    answers.join_thread()
-    # The parent ends all ranks together: one that closes its connections early resets those of ranks still reading.
-    threading.Event().wait()
+    while True:
+        failure = result = None
+        try:
+            function, arguments = pickle.loads(tasks.get())
+            if not dist.is_initialized():
+                dist.init_process_group(
+                    "gloo",
+                    init_method=f"file://{Path(folder) / 'store'}",
+                    rank=rank,
+                    world_size=world,
+                    timeout=timedelta(seconds=30),
+                )
+            result = function(*arguments)
+        except BaseException:
+            failure = traceback.format_exc()
+        answers.put((rank, failure, pickle.dumps(result)))
+        del result

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed.models import model, spec
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import Worlds
 from tests.distributed.test_parallelize import steps_alone, steps_together
 from tests.layer.test_balance import BATCH_LOSSES, context_of, route
 from torch import Tensor
@@ -49,8 +49,8 @@ def on_rank() -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_every_loss_equals_that_of_one_process(world: int) -> None:
-    ranks = run_ranks(world, on_rank)
+def test_every_loss_equals_that_of_one_process(worlds: Worlds, world: int) -> None:
+    ranks = worlds(world, on_rank)
     for index, (value, gradient) in enumerate(losses_of_part(0, 1, None)):
         name = BATCH_LOSSES[index].name
         together_value = sum(found[index][0] for found in ranks)
@@ -94,7 +94,7 @@ def steps_on_rank(parallel: dict[str, Any], reentrant: bool | None) -> list[tupl
     ("world", "parallel", "reentrant"),
     [(2, {"ep": 2}, False), (2, {"ep": 2}, True), (4, {"dp_replicate": 2, "ep": 2}, None)],
 )
-def test_twenty_steps_equal_one_process(world: int, parallel: dict[str, Any], reentrant: bool | None) -> None:
+def test_steps_equal_one_process(worlds: Worlds, world: int, parallel: dict[str, Any], reentrant: bool | None) -> None:
     expected = torch.tensor(steps_alone(checkpointed(None)))
-    for found in run_ranks(world, steps_on_rank, parallel, reentrant):
+    for found in worlds(world, steps_on_rank, parallel, reentrant):
         torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed.models import batches, model, spec
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import Worlds
 from torch import Tensor, nn
 
 from moesaic.dist import Layout, Meshes, ParallelConfig, Sharded, clip_grad_norm, parallelize, sync_replicated
@@ -93,11 +93,11 @@ ESP = {"ep": 2, "esp": 2}
     ],
 )
 def test_any_layout_goes_on_from_any_other(
-    world: int, saved: dict[str, Any], resumed: list[tuple[int, dict[str, Any]]], tmp_path: Path
+    worlds: Worlds, world: int, saved: dict[str, Any], resumed: list[tuple[int, dict[str, Any]]], tmp_path: Path
 ) -> None:
     path = tmp_path / "step"
-    expected = save_after_steps(path, saved) if world == 1 else run_ranks(world, save_after_steps, path, saved)[0]
+    expected = save_after_steps(path, saved) if world == 1 else worlds(world, save_after_steps, path, saved)[0]
     for other, parallel in resumed:
-        found = [resume_and_go_on(path, parallel)] if other == 1 else run_ranks(other, resume_and_go_on, path, parallel)
+        found = [resume_and_go_on(path, parallel)] if other == 1 else worlds(other, resume_and_go_on, path, parallel)
         for losses, _ in found:
             torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected[STEPS:]), rtol=0, atol=1e-6)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed.models import batches, model, spec
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import Worlds
 from tests.distributed.test_parallelize import loss_of, optimizer_of
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -90,12 +90,14 @@ def placements(moe: dict[str, Any], parallel: dict[str, Any]) -> dict[str, tuple
         (PLAIN, 4, {"esp": 2}),
     ],
 )
-def test_parameters_are_where_the_table_says(moe: dict[str, Any], world: int, parallel: dict[str, Any]) -> None:
+def test_parameters_are_where_the_table_says(
+    worlds: Worlds, moe: dict[str, Any], world: int, parallel: dict[str, Any]
+) -> None:
     rows, layout = table("tensor"), Layout.of(ParallelConfig.from_dict(parallel), world, spec(**moe))
     if not parallel.get("partition_embedding"):
         rows = [row for row in rows if row["kind"] != "embedding"]
     matched = set()
-    for name, (kind, found) in run_ranks(world, placements, moe, parallel)[0].items():
+    for name, (kind, found) in worlds(world, placements, moe, parallel)[0].items():
         row = next(row for row in rows if fnmatchcase(name, row["name"].strip("`")))
         matched.add(row["name"])
         assert kind == row["kind"], name

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed.models import batches, model, spec
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import Worlds
 from tests.distributed.test_parallelize import alone, loss_of, together
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,9 +21,9 @@ GEMMA = {"model_type": "gemma3_text", "head_dim": 8, "tie_word_embeddings": Fals
 
 
 @pytest.mark.parametrize(("world", "parallel"), [(2, {}), (4, {"dp_replicate": 2, "ep": 2})], ids=str)
-def test_twenty_steps_equal_one_process(world: int, parallel: dict[str, Any]) -> None:
+def test_steps_equal_one_process(worlds: Worlds, world: int, parallel: dict[str, Any]) -> None:
     expected = torch.tensor(alone({}, 2))
-    for found in run_ranks(world, together, {}, 2, {**parallel, "partition_embedding": True}, False):
+    for found in worlds(world, together, {}, 2, {**parallel, "partition_embedding": True}, False):
         torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)
 
 
@@ -42,8 +42,8 @@ def gradient(backbone: dict[str, Any], partition: bool) -> tuple[torch.Tensor, t
 
 
 @pytest.mark.parametrize("backbone", [{}, GEMMA], ids=["plain", "scaled"])
-def test_outputs_and_gradients_equal_those_of_a_whole_table(backbone: dict[str, Any]) -> None:
-    parts, wholes = (run_ranks(2, gradient, backbone, partition) for partition in (True, False))
+def test_outputs_and_gradients_equal_those_of_a_whole_table(worlds: Worlds, backbone: dict[str, Any]) -> None:
+    parts, wholes = (worlds(2, gradient, backbone, partition) for partition in (True, False))
     for (gradient_VD, rows), (expected_VD, expected) in zip(parts, wholes, strict=True):
         assert torch.equal(rows, expected)
         assert expected_VD.abs().max() > 1e-3
@@ -77,9 +77,9 @@ def sent_by_lookup(rows: int) -> float:
     return sent.elements
 
 
-def test_elements_are_those_of_the_formula() -> None:
+def test_elements_are_those_of_the_formula(worlds: Worlds) -> None:
     for rows in (1, 3):
-        assert run_ranks(4, sent_by_lookup, rows) == [partitioned_elements(rows * 12, 16, 4)] * 4
+        assert worlds(4, sent_by_lookup, rows) == [partitioned_elements(rows * 12, 16, 4)] * 4
 
 
 def test_published_volumes() -> None:
@@ -111,11 +111,11 @@ def unequal() -> str:
     return str(raised.value)
 
 
-def test_what_does_not_go_is_refused() -> None:
-    for message in run_ranks(3, refused, {}):
+def test_what_does_not_go_is_refused(worlds: Worlds) -> None:
+    for message in worlds(3, refused, {}):
         assert "parallel.partition_embedding" in message
         assert "hidden_size (16)" in message
-    for message in run_ranks(2, refused, {"tie_word_embeddings": True}):
+    for message in worlds(2, refused, {"tie_word_embeddings": True}):
         assert "lm_head.weight" in message
-    for message in run_ranks(2, unequal):
+    for message in worlds(2, unequal):
         assert "4 to 8 tokens" in message

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import Worlds
 from tests.distributed.spread_experts import Case, most_picked, on_rank, one_process, own_part
 from torch import Tensor
 
@@ -66,12 +66,12 @@ SPLIT_4 = [
 
 
 @pytest.mark.parametrize("cases", [RAGGED_2, PADDED, GATHERED_2, SPLIT_2], ids=["ragged", "padded", "gather", "split"])
-def test_two_ranks_equal_one(cases: list[Case]) -> None:
-    run_ranks(2, equal_one_process, cases)
+def test_two_ranks_equal_one(worlds: Worlds, cases: list[Case]) -> None:
+    worlds(2, equal_one_process, cases)
 
 
 @pytest.mark.parametrize(
     "cases", [RAGGED_4, GATHERED_4, TWO_STEPS, SPLIT_4], ids=["ragged", "gather", "steps", "split"]
 )
-def test_four_ranks_equal_one(cases: list[Case]) -> None:
-    run_ranks(4, equal_one_process, cases)
+def test_four_ranks_equal_one(worlds: Worlds, cases: list[Case]) -> None:
+    worlds(4, equal_one_process, cases)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed.models import batches, model, spec
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import Worlds
 from tests.distributed.test_parallelize import alone, together
 
 from moesaic.dist import Layout, Meshes, ParallelConfig, Sharded, parallelize
@@ -23,15 +23,15 @@ CASES = [
 
 
 @pytest.mark.parametrize(("world", "parallel", "moe"), CASES)
-def test_twenty_steps_equal_one_process(world: int, parallel: dict[str, Any], moe: dict[str, Any]) -> None:
+def test_steps_equal_one_process(worlds: Worlds, world: int, parallel: dict[str, Any], moe: dict[str, Any]) -> None:
     expected = torch.tensor(alone(moe, 1))
-    for found in run_ranks(world, together, moe, 1, parallel, False):
+    for found in worlds(world, together, moe, 1, parallel, False):
         torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)
 
 
-def test_split_experts_with_recomputation() -> None:
+def test_split_experts_with_recomputation(worlds: Worlds) -> None:
     expected = torch.tensor(alone(BIASED, 2))
-    for found in run_ranks(2, together, BIASED, 2, {"esp": 2, "dp_replicate": 2}, True):
+    for found in worlds(2, together, BIASED, 2, {"esp": 2, "dp_replicate": 2}, True):
         torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)
 
 
@@ -54,9 +54,9 @@ def messages_between_nodes() -> dict[str, tuple[int, int]]:
     return sent
 
 
-def test_groups_that_span_nodes_exchange_in_two_steps() -> None:
+def test_groups_that_span_nodes_exchange_in_two_steps(worlds: Worlds) -> None:
     """Counts, rows, picks and rows back in two layers: one message each instead of two."""
-    for sent in run_ranks(4, messages_between_nodes):
+    for sent in worlds(4, messages_between_nodes):
         assert sent["auto"] == sent["hierarchical"]
         assert (sent["auto"][0], sent["flat"][0]) == (8, 16)
         assert sent["flat"][1] > 0
@@ -70,5 +70,5 @@ def refusals() -> None:
         spread({"ep": 2, "exchange": "padded"}, {}, model())
 
 
-def test_what_does_not_fit_is_refused() -> None:
-    run_ranks(4, refusals)
+def test_what_does_not_fit_is_refused(worlds: Worlds) -> None:
+    worlds(4, refusals)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed.models import BACKBONE, spec
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import Worlds
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -91,7 +91,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("world", "parallel"), LAYOUTS)
-def test_every_kind_of_layout(world: int, parallel: dict[str, Any]) -> None:
+def test_every_kind_of_layout(worlds: Worlds, world: int, parallel: dict[str, Any]) -> None:
     builds: list[Callable[[], Any]] = [
         functools.partial(build_moe, ONE, {}),
     ]
@@ -101,7 +101,7 @@ def test_every_kind_of_layout(world: int, parallel: dict[str, Any]) -> None:
         builds.append(functools.partial(build_moe, FEW, {}))
     if not parallel:
         builds += [functools.partial(build_stock, GPT2), functools.partial(build_stock, BACKBONE)]
-    run_ranks(world, compare, builds, parallel)
+    worlds(world, compare, builds, parallel)
 
 
 class _LargestSum(TorchDispatchMode):
@@ -133,10 +133,10 @@ def peak(build: Callable[[], Any], parallel: dict[str, Any]) -> tuple[int, int, 
     return mode.largest, mine, sum(p.nbytes for p in model.parameters())
 
 
-def test_memory_is_that_of_the_part_and_the_largest_module() -> None:
+def test_memory_is_that_of_the_part_and_the_largest_module(worlds: Worlds) -> None:
     moe = {"experts": {"num_experts": 8, "intermediate_size": 64}}
     build = functools.partial(build_moe, moe, {"num_hidden_layers": 8})
     experts = 8 * 3 * 64 * 16 * 4
-    for largest, mine, whole in run_ranks(4, peak, build, {"ep": 2}):
+    for largest, mine, whole in worlds(4, peak, build, {"ep": 2}):
         assert whole > 8 * experts
         assert mine < largest < mine + 1.2 * experts < 0.6 * whole

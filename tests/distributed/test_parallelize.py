@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed.models import batches, model, spec
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import Worlds
 from torch import Tensor, nn
 
 from moesaic.dist import Layout, Meshes, ParallelConfig, Sharded, clip_grad_norm, parallelize, sync_replicated
 from moesaic.train.optimizer import parameter_groups
 
 STEPS, CLIP = 20, 0.05
+FEW = 6  # where another test has seen that differences do not grow over STEPS
 
 
 def optimizer_of(module: nn.Module) -> torch.optim.Optimizer:
@@ -25,15 +26,15 @@ def loss_of(module: Any, ids_BS: Tensor, tokens: int) -> Tensor:
     return module(input_ids=ids_BS, labels=ids_BS, num_items_in_batch=tokens).loss
 
 
-def alone(moe: dict[str, Any], accumulation: int) -> list[tuple[float, float]]:
+def alone(moe: dict[str, Any], accumulation: int, steps: int = FEW) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step in one process."""
-    return steps_alone(model(spec(**moe)), accumulation)
+    return steps_alone(model(spec(**moe)), accumulation, steps)
 
 
-def steps_alone(module: Any, accumulation: int = 1) -> list[tuple[float, float]]:
+def steps_alone(module: Any, accumulation: int = 1, steps: int = FEW) -> list[tuple[float, float]]:
     optimizer, found = optimizer_of(module), []
     module.set_training_progress(0.0)
-    for ids_BS in batches(STEPS):
+    for ids_BS in batches(steps):
         tokens = ids_BS[:, 1:].numel()
         losses = []
         for part_BS in ids_BS.chunk(accumulation):
@@ -48,7 +49,7 @@ def steps_alone(module: Any, accumulation: int = 1) -> list[tuple[float, float]]
 
 
 def together(
-    moe: dict[str, Any], accumulation: int, parallel: dict[str, Any], checkpointing: bool
+    moe: dict[str, Any], accumulation: int, parallel: dict[str, Any], checkpointing: bool, steps: int = FEW
 ) -> list[tuple[float, float]]:
     """The same on each rank of a world."""
     config = ParallelConfig.from_dict(parallel)
@@ -56,14 +57,14 @@ def together(
     if checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     meshes = Meshes.of(Layout.of(config, dist.get_world_size(), spec(**moe)), "cpu")
-    return steps_together(parallelize(module, meshes, config), accumulation)
+    return steps_together(parallelize(module, meshes, config), accumulation, steps)
 
 
-def steps_together(sharded: Sharded, accumulation: int = 1) -> list[tuple[float, float]]:
+def steps_together(sharded: Sharded, accumulation: int = 1, steps: int = FEW) -> list[tuple[float, float]]:
     module: Any = sharded.model
     optimizer, found = optimizer_of(module), []
     module.set_training_progress(0.0)
-    for ids_BS in batches(STEPS):
+    for ids_BS in batches(steps):
         tokens = ids_BS[:, 1:].numel()
         total = torch.zeros(())
         parts = ids_BS.chunk(accumulation)
@@ -97,15 +98,21 @@ CASES = [
 ]
 
 
+SHARED: dict[str, Any] = {"shared_experts": {"num_experts": 1}}
+
+
+@pytest.fixture(scope="module")
+def expected() -> Tensor:
+    return torch.tensor(alone(SHARED, 1, STEPS))
+
+
 @pytest.mark.parametrize(("world", "parallel"), CASES)
-def test_twenty_steps_equal_one_process(world: int, parallel: dict[str, Any]) -> None:
-    moe: dict[str, Any] = {"shared_experts": {"num_experts": 1}}
-    expected = torch.tensor(alone(moe, 1))
-    for found in run_ranks(world, together, moe, 1, parallel, False):
+def test_twenty_steps_equal_one_process(worlds: Worlds, expected: Tensor, world: int, parallel: dict[str, Any]) -> None:
+    for found in worlds(world, together, SHARED, 1, parallel, False, STEPS):
         torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)
 
 
-def test_openmoe_layers() -> None:
+def test_openmoe_layers(worlds: Worlds) -> None:
     """Three parts in the first projection of a split expert, a network behind the layer, a dense layer of our own."""
     moe: dict[str, Any] = {
         "experts": {"num_experts": 8, "intermediate_size": 8, "activation": "swiglu_double", "bias": True},
@@ -114,12 +121,12 @@ def test_openmoe_layers() -> None:
         "dense_layers": {"intermediate_size": 12, "activation": "swiglu_double"},
     }
     expected = torch.tensor(alone(moe, 1))
-    for found in run_ranks(2, together, moe, 1, {"esp": 2}, True):
+    for found in worlds(2, together, moe, 1, {"esp": 2}, True):
         torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_accumulation_and_recomputation(checkpointing: bool) -> None:
+def test_accumulation_and_recomputation(worlds: Worlds, checkpointing: bool) -> None:
     expected = torch.tensor(alone({}, 2))
-    for found in run_ranks(4, together, {}, 2, {"dp_replicate": 2, "ep": 2}, checkpointing):
+    for found in worlds(4, together, {}, 2, {"dp_replicate": 2, "ep": 2}, checkpointing):
         torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)

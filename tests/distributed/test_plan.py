@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed.models import BACKBONE, batches, model, spec
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import Worlds
 
 import moesaic
 from moesaic.dist import Layout, Meshes, ParallelConfig, clip_grad_norm, parallelize, sync_replicated
@@ -110,12 +110,12 @@ CASES = [
 
 @pytest.mark.parametrize(("world", "parallel", "checkpointing", "accumulation", "bf16"), CASES)
 def test_memory_and_traffic_are_as_predicted(
-    world: int, parallel: dict[str, Any], checkpointing: bool, accumulation: int, bf16: bool
+    worlds: Worlds, world: int, parallel: dict[str, Any], checkpointing: bool, accumulation: int, bf16: bool
 ) -> None:
     config = ParallelConfig.from_dict(parallel)
     layout = Layout.of(config, world, spec(**MOE))
     candidate = predicted(world, config.partition_embedding, checkpointing, accumulation, bf16)[layout]
-    found = run_ranks(world, measured, parallel, checkpointing, accumulation, bf16)
+    found = worlds(world, measured, parallel, checkpointing, accumulation, bf16)
     memory = [memory for memory, _ in found]
     assert candidate.memory.parameters == max(rank.parameters for rank in memory)
     assert candidate.memory.gradients == max(rank.gradients for rank in memory)

@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed.models import batches, model, spec
-from tests.distributed.spawn import run_ranks
-from tests.distributed.test_parallelize import CLIP, STEPS, loss_of, optimizer_of
+from tests.distributed.spawn import Worlds
+from tests.distributed.test_parallelize import CLIP, loss_of, optimizer_of
 from torch import Tensor, nn
 
 from moesaic.dist import Layout, Meshes, ParallelConfig, clip_grad_norm, parallelize, sync_replicated
 from moesaic.layer import Experts, Router
 
+STEPS = 10
 BF16 = functools.partial(torch.autocast, "cpu", torch.bfloat16)
 GPT2 = {
     "model_type": "gpt2",
@@ -103,12 +104,12 @@ def _watch(module: Any, seen: dict[str, set[torch.dtype]]) -> None:
     [(2, {"ep": 2}, {}, False), (4, {"dp_replicate": 2, "ep": 2}, {}, True), (2, {}, GPT2, False)],
 )
 def test_losses_are_near_those_of_one_process(
-    world: int, parallel: dict[str, Any], backbone: dict[str, Any], checkpointing: bool
+    worlds: Worlds, world: int, parallel: dict[str, Any], backbone: dict[str, Any], checkpointing: bool
 ) -> None:
     """Within a tenth of the step of bfloat16 at 4, 2^-6: embeddings and norms are rounded, too, and sums have another order."""
     expected = torch.tensor(alone(RECURRENT, backbone))
     assert expected[-1] < expected[0] - 0.002
-    for losses, seen in run_ranks(world, together, RECURRENT, backbone, parallel, checkpointing):
+    for losses, seen in worlds(world, together, RECURRENT, backbone, parallel, checkpointing):
         torch.testing.assert_close(torch.tensor(losses), expected, rtol=0, atol=5e-4)
         assert seen == {
             "weights of picks": {torch.float32},

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import Worlds
 from tests.hf.router_models import extras, inputs, router_model
 from tests.layer.router_rows import ROUTERS
 from torch.distributed.tensor import DTensor
@@ -74,5 +74,5 @@ def rows() -> list[Any]:
 
 
 @pytest.mark.parametrize(("name", "ep"), rows())
-def test_spread_experts_give_what_whole_ones_give(name: str, ep: int) -> None:
-    run_ranks(ep, compare, name, {"ep": ep})
+def test_spread_experts_give_what_whole_ones_give(worlds: Worlds, name: str, ep: int) -> None:
+    worlds(ep, compare, name, {"ep": ep})

@@ -37,6 +37,12 @@ def trained(run: RunConfig, output: Path, cache: Path) -> TrainResult:
     return train(run, output, resume="auto", cache_dir=cache, progress=False)
 
 
+@pytest.fixture(scope="module")
+def alone(corpus: Path) -> TrainResult:
+    """What one process makes of `run_of(corpus)`."""
+    return trained(run_of(corpus), corpus / "alone", corpus / "cache")
+
+
 def numbers(path: Path) -> list[dict[str, Any]]:
     """Losses of steps and evaluations."""
     names = ("step", "tokens", "loss", "gradient_norm")
@@ -47,8 +53,9 @@ def numbers(path: Path) -> list[dict[str, Any]]:
     ("world", "parallel"),
     [(2, {"ep": 2}), (4, {"dp_replicate": 2, "ep": 2, "partition_embedding": True}), (4, {"ep": 4})],
 )
-def test_losses_equal_one_process(corpus: Path, tmp_path: Path, world: int, parallel: dict[str, Any]) -> None:
-    alone = trained(run_of(corpus), tmp_path / "alone", corpus / "cache")
+def test_losses_equal_one_process(
+    corpus: Path, alone: TrainResult, tmp_path: Path, world: int, parallel: dict[str, Any]
+) -> None:
     together = run_ranks(world, trained, run_of(corpus, parallel), tmp_path / "together", corpus / "cache")
     for result in together:
         assert result.validation.keys() == alone.validation.keys()

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed.models import model, spec
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import Worlds
 from tests.distributed.test_parallelize import steps_alone, steps_together
 from torch.distributed.tensor import DTensor
 
@@ -61,10 +61,10 @@ def collapsed_together(
     ],
 )
 def test_all_tokens_to_one_expert(
-    world: int, parallel: dict[str, Any], checkpointing: bool | None, ahead: bool
+    worlds: Worlds, world: int, parallel: dict[str, Any], checkpointing: bool | None, ahead: bool
 ) -> None:
     expected = torch.tensor(steps_alone(collapsed(None)))
-    for found, moved in run_ranks(world, collapsed_together, parallel, checkpointing, ahead):
+    for found, moved in worlds(world, collapsed_together, parallel, checkpointing, ahead):
         torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)
         assert moved == ([False] * 7 + [True]) * 2
 
@@ -84,10 +84,10 @@ def sharded_by_width(moe: dict[str, Any], parallel: dict[str, Any]) -> tuple[dic
     return found, steps_together(sharded)
 
 
-def test_experts_that_can_not_be_shared_out_are_sharded_by_width() -> None:
+def test_experts_that_can_not_be_shared_out_are_sharded_by_width(worlds: Worlds) -> None:
     """Three experts a process, for two to share: their hidden width; biases, which are small, unevenly."""
     moe = {"experts": {"num_experts": 6, "intermediate_size": 8, "bias": True}}
     expected = torch.tensor(steps_alone(model(spec(**moe))))
-    for dimensions, found in run_ranks(4, sharded_by_width, moe, {"ep": 2}):
+    for dimensions, found in worlds(4, sharded_by_width, moe, {"ep": 2}):
         assert dimensions == {"gate_up_proj": 2, "down_proj": 1, "gate_up_proj_bias": 0, "down_proj_bias": 0}
         torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)
