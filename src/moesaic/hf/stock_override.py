@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from moesaic.errors import UnsupportedOverride
 from moesaic.hf.forward import num_tokens
-from moesaic.hf.stock_listener import StockListener, named_arguments
+from moesaic.hf.stock_listener import StockListener, listeners_last, named_arguments
 from moesaic.hf.stock_routing import StockRouter
 from moesaic.hf.threads import Entered, for_this_thread
 from moesaic.layer import OverrideFactory, Router, RoutingContext, override_of
@@ -117,6 +117,7 @@ class _Overriding:
         for layer, router in listener.routers.items():
             hook = functools.partial(self._after_router, layer, router)
             self._inner.append(router.gate.register_forward_hook(hook, with_kwargs=True))
+            listeners_last(router.gate)
 
     def close(self) -> None:
         """Change no further forward pass."""

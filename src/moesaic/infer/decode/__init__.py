@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from moesaic.infer.decode.cost import Work, pass_bytes
+from moesaic.infer.decode.counting import count_work
 from moesaic.infer.decode.decodings import DecodingStrategy, SelfContrast, SelfContrastRows
 from moesaic.infer.decode.fast import FastDecoding, fast_decoding
 from moesaic.infer.decode.overrides import OverrideLike, OverrideSpec, ReplayedTrace, check_override, override_routing
@@ -14,7 +16,10 @@ __all__ = [
     "ReplayedTrace",
     "SelfContrast",
     "SelfContrastRows",
+    "Work",
     "check_override",
+    "count_work",
     "fast_decoding",
     "override_routing",
+    "pass_bytes",
 ]

@@ -173,6 +173,17 @@ def test_traces_record_what_was_overridden_and_can_be_replayed_by_row() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["ours", "mixtral"])
+def test_a_recording_that_began_before_hears_what_was_overridden(name: str) -> None:
+    model = model_of(name)
+    with moesaic.record(model) as outer, moesaic.override_routing(model, "rank=2"), moesaic.record(model) as inner:
+        model(ids())
+    for before, after in zip(outer.rows(), inner.rows(), strict=True):
+        assert torch.equal(before.choice_TK, after.choice_TK)
+        assert torch.equal(before.weight_TK, after.weight_TK)
+
+
+@torch.no_grad()
 def test_layers_without_the_override_keep_their_routing() -> None:
     model = model_of("ours")
     with moesaic.record(model) as plain:
