@@ -17,7 +17,7 @@ enum { STREAM_MOST = 16 };
 
 /* Rows of a weight that are asked for while another tile is computed, and the most rows of x for which a weight streams
  * through once, so that memory sets the time. */
-enum { AHEAD = 2, STREAM_ROWS = 2 };
+enum { AHEAD = 2, STREAM_ROWS = 4 };
 
 /* What happens between the two projections. */
 enum {
