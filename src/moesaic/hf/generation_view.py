@@ -60,7 +60,7 @@ def view(model: PreTrainedModel, step: Step) -> PreTrainedModel:
     and everything that holds the model alone.
     """
     kind = _view_class(type(model))
-    made = kind.__new__(kind)
+    made = object.__new__(kind)  # what a sharded model makes is of its class before sharding
     object.__setattr__(made, "__dict__", model.__dict__)
     object.__setattr__(made, "_step", step)
     return made

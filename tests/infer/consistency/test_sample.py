@@ -24,7 +24,7 @@ from moesaic.infer.consistency import (
     self_consistency,
     whole,
 )
-from moesaic.infer.consistency.row_sampler import warpers
+from moesaic.infer.decode.row_sampler import warpers
 
 PROMPTS = ["12+7=", "a", "the longest prompt of all", "12+7=?"]
 TOKENIZER = character_tokenizer()

@@ -21,10 +21,10 @@ from moesaic.infer.consistency.likelihood import (
     mean_log_probability,
 )
 from moesaic.infer.consistency.normalise import normalise_letter, normalise_number, normalise_text
-from moesaic.infer.consistency.row_sampler import RowSampler, row_seed
 from moesaic.infer.consistency.sample import Sample, Sampler, Usage
 from moesaic.infer.consistency.self_consistency import Consensus, self_consistency
 from moesaic.infer.consistency.vote import Vote, decided, vote
+from moesaic.infer.decode.row_sampler import RowSampler, row_seed
 
 __all__ = [
     "Best",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-from moesaic.infer.consistency.row_sampler import RowSampler, warpers
+from moesaic.infer.decode import DecodingStrategy
+from moesaic.infer.decode.row_sampler import RowSampler, warpers
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
@@ -48,15 +50,15 @@ class Decoding(Protocol):
 class Generate:
     """`model.generate` as a `Decoding`.
 
-    Plain sampling gives each row random numbers of its own: the same seed gives the same text whatever else is in the
-    batch, up to rounding that depends on its shape. It samples with what is set here alone: a temperature or top-k in
-    the model's own generation config is not used. Beam search that samples, and a `custom_generate`, draw from
-    torch's generator, which is seeded for each batch and put back afterwards: the same seed gives the same text in the
-    same batch.
+    Sampling, plain and with a decoding of this library (`moesaic.SelfContrast`), gives each row random numbers of its own:
+    the same seed gives the same text whatever else is in the batch, up to rounding that depends on its shape. It samples
+    with what is set here alone: a temperature or top-k in the model's own generation config is not used. Beam search that
+    samples, and any other `custom_generate`, draw from torch's generator, which is seeded for each batch and put back
+    afterwards: the same seed gives the same text in the same batch.
 
     Args:
         config: of transformers; None for greedy decoding, or what `options` say.
-        custom_generate: decoding loop for `generate`, with the arguments that transformers documents for it.
+        custom_generate: a decoding of this library, or a loop for `generate` with the arguments that transformers documents.
         options: fields of `GenerationConfig`, or keywords of `custom_generate`.
     """
 
@@ -76,12 +78,17 @@ class Generate:
     @property
     def repeats(self) -> bool:
         """Whether all samples of a prompt are equal."""
-        return not self.config.do_sample and self._custom is None
+        return not self.config.do_sample and (self._custom is None or self._ours)
+
+    @property
+    def _ours(self) -> bool:
+        """Whether tokens are taken from scores as in `generate`, so that only `do_sample` makes them random."""
+        return isinstance(self._custom, DecodingStrategy)
 
     def __call__(self, model: PreTrainedModel, batch: PromptBatch, /) -> Tensor:
         """The prompts with their continuations, (B, S + new tokens)."""
         config, processors = copy.deepcopy(self.config), None
-        if config.do_sample and self._custom is None and (config.num_beams or 1) == 1:
+        if config.do_sample and (self._custom is None or self._ours) and (config.num_beams or 1) == 1:
             processors = LogitsProcessorList([RowSampler(batch.seeds, warpers(config))])
             config.do_sample = False  # the sampler leaves one token to take
             for name in _SAMPLING:
@@ -91,12 +98,16 @@ class Generate:
         devices = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(hash(batch.seeds) & (2**63 - 1))  # a hash of integers is the same in every process
-            return cast(Any, model).generate(
+            return self._generate(model)(
                 input_ids=batch.input_ids_BS,
                 attention_mask=batch.attention_mask_BS,
                 generation_config=config,
                 logits_processor=processors,
                 stopping_criteria=batch.stopping,
-                custom_generate=self._custom,
                 **self._left,
             )
+
+    def _generate(self, model: PreTrainedModel) -> Callable[..., Any]:
+        if isinstance(self._custom, DecodingStrategy):
+            return functools.partial(self._custom.generate, model)  # which refuses what it can't honour
+        return functools.partial(cast(Any, model).generate, custom_generate=self._custom)

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from moesaic.errors import ConfigError
 from moesaic.hf import MoesaicForCausalLM
 from moesaic.infer.consistency.decoding import Decoding, PromptBatch
-from moesaic.infer.consistency.row_sampler import row_seed
 from moesaic.infer.consistency.stop import StopText, cut
+from moesaic.infer.decode.row_sampler import row_seed
 
 
 @dataclass(frozen=True)

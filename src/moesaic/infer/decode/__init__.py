@@ -1,4 +1,4 @@
-"""DecodingStrategy: computing it natively, and with another routing than the model's own."""
+"""Decoding: computing it natively, and with another routing than the model's own."""
 
 from __future__ import annotations
 

@@ -1,15 +1,16 @@
-"""DecodingStrategy by the difference of two next-token distributions."""
+"""Decoding by the difference of two next-token distributions."""
 
 from __future__ import annotations
 
 from moesaic.infer.decode.contrast.passes import Passes
-from moesaic.infer.decode.contrast.processor import ContrastProcessor, EosBan, Strength, with_contrast
+from moesaic.infer.decode.contrast.processor import ContrastProcessor, EndedRows, EosBan, Strength, with_contrast
 from moesaic.infer.decode.contrast.scores import contrast, plausible
 from moesaic.infer.decode.contrast.two_passes import TwoPasses
 from moesaic.infer.decode.contrast.two_rows import TwoRows
 
 __all__ = [
     "ContrastProcessor",
+    "EndedRows",
     "EosBan",
     "Passes",
     "Strength",

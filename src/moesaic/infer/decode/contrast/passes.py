@@ -41,17 +41,22 @@ def batch_of(inputs: Mapping[str, Any]) -> int:
 def rows_of(inputs: Mapping[str, Any], rows_R: Tensor) -> dict[str, Any]:
     """The inputs of a forward pass for other rows: row r is what row `rows_R[r]` was."""
     batch = batch_of(inputs)
-    return {name: value if name in _NO_ROWS else _rows(value, rows_R, batch) for name, value in inputs.items()}
+    return {name: value if name in _NO_ROWS else _rows(name, value, rows_R, batch) for name, value in inputs.items()}
 
 
-def _rows(value: Any, rows_R: Tensor, batch: int) -> Any:
+def _rows(name: str, value: Any, rows_R: Tensor, batch: int) -> Any:
     if isinstance(value, Mapping):  # masks by kind of layer
-        return {name: _rows(part, rows_R, batch) for name, part in value.items()}
+        return {kind: _rows(name, part, rows_R, batch) for kind, part in value.items()}
     if not isinstance(value, Tensor) or not value.dim():
         return value
-    # Position ids of several axes have the batch second.
-    axis = 1 if value.dim() == 3 and value.shape[0] != batch and value.shape[1] == batch else 0
-    return value.index_select(axis, rows_R.to(value.device)) if value.shape[axis] == batch else value
+    axis = 1 if name == "position_ids" and value.dim() == 3 else 0  # position ids of several axes have the batch second
+    if value.shape[axis] == batch:
+        return value.index_select(axis, rows_R.to(value.device))
+    if value.shape[axis] != 1 and len(rows_R) != batch:
+        raise ConfigError(
+            name, tuple(value.shape), f"has no entry for each of {batch} rows", "decode one prompt at a time"
+        )
+    return value
 
 
 def output_rows(output: Any, rows_B: Tensor, batch: int) -> Any:
@@ -71,8 +76,12 @@ def _output_rows(value: Any, rows_B: Tensor, batch: int) -> Any:
     return value.unflatten(0, (batch, -1)).index_select(0, rows_B.to(value.device)).flatten(0, 1)
 
 
-def check_fresh(inputs: Mapping[str, Any]) -> None:
-    """Refuse a cache that already holds tokens: the weak pass would lack them.
+def check_fresh(inputs: Mapping[str, Any], rows: int) -> None:
+    """Refuse a cache that already holds tokens, which the weak pass would lack, or memory for another batch.
+
+    Args:
+        inputs: of the first forward pass.
+        rows: that the passes need of the cache.
 
     Raises:
         ConfigError: if it does.
@@ -86,6 +95,16 @@ def check_fresh(inputs: Mapping[str, Any]) -> None:
             "are those of one pass, and a decoding of two passes needs them of both",
             "give the whole prompt and no cache",
         )
+    for layer in getattr(cache, "layers", ()):
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, Tensor) and keys.dim() and keys.shape[0] not in (0, rows):
+            raise ConfigError(
+                "past_key_values",
+                f"memory for {keys.shape[0]} rows",
+                f"does not fit the {rows} rows that are decoded",
+                "leave the allocation to the first forward pass (no prefill_chunk_size with a static cache), or use "
+                "plan='two_passes'",
+            )
 
 
 def places(rows: Sequence[int], device: torch.device) -> Tensor:

@@ -19,7 +19,8 @@ def plausible(strong_BV: Tensor, alpha: float) -> Tensor:
     Returns:
         (B, V), bool.
     """
-    return strong_BV >= strong_BV.amax(-1, keepdim=True) + math.log(alpha)
+    # Of a row without any token nothing is plausible, although its -inf are all equal.
+    return (strong_BV >= strong_BV.amax(-1, keepdim=True) + math.log(alpha)) & (strong_BV > -torch.inf)
 
 
 def contrast(strong_BV: Tensor, weak_BV: Tensor, *, alpha: float, beta: float) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moesaic.infer.decode.contrast.passes import check_fresh, places, rows_of
+from moesaic.infer.decode.contrast.passes import batch_of, check_fresh, places, rows_of
 from moesaic.infer.decode.overrides import OverrideSpec, RoutingSwitch
 
 
@@ -41,7 +41,7 @@ class TwoPasses:
 
     def __call__(self, inputs: dict[str, Any], /) -> Any:
         if not self._begun:
-            check_fresh(inputs)
+            check_fresh(inputs, batch_of(inputs))
             self._weak_cache = copy.deepcopy(inputs.get("past_key_values"))
             self._begun = True
         if len(self._weak_W):

@@ -52,7 +52,7 @@ class TwoRows:
 
     def __call__(self, inputs: dict[str, Any], /) -> Any:
         if not self._begun:
-            check_fresh(inputs)
+            check_fresh(inputs, len(self._source_R))
             self._begun = True
         with self._switch.acting(self._factory):
             output = self._model(**rows_of(inputs, self._source_R))

@@ -9,10 +9,11 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, UnsupportedOverride
 from moesaic.hf.generation_view import generate_with
 from moesaic.infer.decode.contrast import (
     ContrastProcessor,
+    EndedRows,
     EosBan,
     Passes,
     Strength,
@@ -136,18 +137,27 @@ class SelfContrastRows(DecodingStrategy):
         rows = self._by_row(input_ids.shape[0])
         plans: list[Plan] = [row.plan for row in rows if row is not None]
         switch = RoutingSwitch(model)
-        passes: Passes = _PLANS[plans[0] if plans else "two_rows"](
+        plan = plans[0] if plans else "two_passes"  # without weak passes one
+        if plan == "two_rows" and switch.limited:
+            raise UnsupportedOverride(
+                f"plan='two_rows' can't run a model whose layer {min(switch.limited)} has a capacity, for which strong and weak "
+                "rows of one batch would compete; use plan='two_passes'"
+            )
+        passes: Passes = _PLANS[plan](
             model,
             switch,
             [OverrideSpec() if row is None else row.strong for row in rows],
             [None if row is None else row.weak for row in rows],
         )
         eos = getattr(generation_config, "_eos_token_tensor", None)
+        beams = (generation_config.num_beams or 1) > 1
+        ending = EndedRows(stopping_criteria)
         contrasting = ContrastProcessor(
             passes,
             [None if row is None else row.strength for row in rows],
             [] if eos is None else eos.tolist(),
-            log_probabilities=(generation_config.num_beams or 1) > 1,
+            log_probabilities=beams,
+            ended=lambda: None if beams else ending.ended_B,
         )
         with switch.entered():
             return generate_with(
@@ -156,7 +166,7 @@ class SelfContrastRows(DecodingStrategy):
                 input_ids,
                 generation_config,
                 logits_processor=with_contrast(logits_processor, contrasting),
-                stopping_criteria=stopping_criteria,
+                stopping_criteria=ending,
                 synced_gpus=synced_gpus,
                 streamer=streamer,
                 **model_kwargs,

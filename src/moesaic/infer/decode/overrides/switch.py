@@ -31,6 +31,11 @@ class RoutingSwitch:
         self._model, self._found = model, overridable(model)
         self._acting: OverrideFactory | None = None
 
+    @property
+    def limited(self) -> frozenset[int]:
+        """Layers with a capacity of their own, for which rows of one batch compete."""
+        return self._found.limited
+
     def prepare(self, spec: OverrideSpec) -> OverrideFactory | None:
         """An override of all rows, checked; None if it changes nothing.
 
