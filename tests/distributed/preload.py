@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,3 +18,4 @@ import moesaic
 import moesaic.train  # noqa: F401
 
 torch.set_num_threads(1)
+gc.freeze()  # a collection in a fork would write to, and so copy, the memory of all modules

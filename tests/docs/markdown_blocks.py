@@ -36,8 +36,8 @@ class Block:
     source: str
     no_run: str | None = None
 
-    def run(self, namespace: dict[str, Any]) -> None:
-        """Run in the current folder; Python blocks read and write `namespace`.
+    def run(self, namespace: dict[str, Any], commands: Path | None = None) -> None:
+        """Run in the current folder; Python blocks read and write `namespace`, bash blocks look in `commands` first.
 
         Raises:
             AssertionError: if a bash block fails, with its output.
@@ -47,7 +47,7 @@ class Block:
             # Line numbers of tracebacks are those of the page.
             exec(compile("\n" * self.line + self.source, self.page, "exec"), namespace)
         else:
-            _run_bash(self)
+            _run_bash(self, commands)
 
 
 def read_blocks(text: str, page: str) -> list[Block]:
@@ -79,11 +79,11 @@ def read_blocks(text: str, page: str) -> list[Block]:
     return blocks
 
 
-def _run_bash(block: Block) -> None:
-    scripts = str(Path(sys.executable).parent)
+def _run_bash(block: Block, commands: Path | None) -> None:
+    folders = [str(folder) for folder in (commands, Path(sys.executable).parent) if folder is not None]
     result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.source],
-        env={**os.environ, "PATH": scripts + os.pathsep + os.environ["PATH"]},
+        env={**os.environ, "PATH": os.pathsep.join([*folders, os.environ["PATH"]])},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 from tests.docs.markdown_blocks import Block, read_blocks
+from tests.docs.served_command import served_command
+
+import moesaic
 
 PAGE = """# Title
 
@@ -72,3 +75,25 @@ def test_bash_blocks_stop_at_the_first_failure(tmp_path: Path, monkeypatch: pyte
 
 def test_bash_blocks_find_the_commands_of_this_environment():
     Block("page.md", 1, "bash", "command -v moesaic\npython -c 'import moesaic'\n").run({})
+
+
+def test_a_served_command_is_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "served").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    script = (
+        "moesaic --version > version\n"
+        "moesaic inspect nothing --json 2> error || echo $? > code\n"
+        "COLUMNS=40 moesaic --help | cat > narrow\n"
+        "moesaic --help > /dev/full || echo $? > full\n"
+    )
+    with served_command(tmp_path / "served") as commands:
+        Block("page.md", 1, "bash", script).run({}, commands)
+        with pytest.raises(AssertionError, match=r"page\.md:1 exited 2:\n(.|\n)*No such command 'reticulate'"):
+            Block("page.md", 1, "bash", "moesaic reticulate\necho never\n").run({}, commands)
+    here = {path.name: path.read_text() for path in Path().iterdir()}
+    assert here["version"] == f"moesaic {moesaic.__version__}\n"
+    assert here["code"] == "2\n"
+    assert here["error"].startswith("error: model = 'nothing'")
+    assert here["full"] != "0\n"
+    assert max(map(len, here["narrow"].splitlines())) <= 40
