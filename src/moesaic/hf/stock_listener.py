@@ -160,6 +160,8 @@ def _models_around(model: PreTrainedModel, blocks: list[nn.Module]) -> list[PreT
 
 def named_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name."""
+    if not args:  # as in each step of `generate`, where binding them would take as long as a layer
+        return kwargs
     arguments = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
     return {**arguments, **arguments.pop("kwargs", {})}
 

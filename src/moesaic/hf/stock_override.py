@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import itertools
 import threading
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from moesaic.errors import UnsupportedOverride
 from moesaic.hf.forward import num_tokens
-from moesaic.hf.stock_listener import StockListener, listeners_last, named_arguments
+from moesaic.hf.stock_listener import Hearing, StockListener, listeners_last, named_arguments
 from moesaic.hf.stock_routing import StockRouter
 from moesaic.hf.threads import Entered, for_this_thread
 from moesaic.layer import OverrideFactory, Router, RoutingContext, override_of
@@ -59,21 +59,81 @@ class StockOverrides:
             overriding.close()
 
 
-class _Carried:
-    """A context on its way through the keywords of a decoder and its layers."""
-
-    def __init__(self, context: RoutingContext) -> None:
-        self.context = context
-
-
 class _Here(threading.local):
     """The contexts that have arrived in layers, of each thread on its own."""
 
     def __init__(self) -> None:
-        self.layers: dict[int, _Carried] = {}
+        self.layers: dict[int, Carried] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Here:
         return _Here()
+
+
+class Carried:
+    """A context on its way through the keywords of a decoder and its layers."""
+
+    def __init__(self, context: RoutingContext, here: _Here) -> None:
+        self.context, self._here = context, here
+
+    def arrive(self, layer: int) -> None:
+        """Wait for the router of a layer, as the context does when it is taken out of the keywords of the layer's parts."""
+        self._here.layers[layer] = self
+
+
+def take_carried(kwargs: dict[str, Any]) -> list[Carried]:
+    """The contexts that are carried in the keywords of a call, taken out of them: for who stands for all parts of a layer."""
+    names = [name for name, value in kwargs.items() if isinstance(value, Carried)]
+    return [kwargs.pop(name) for name in names]
+
+
+class OverrideHook:
+    """A hook of an override on a part of a decoder layer.
+
+    Who computes the layer without calling its parts must take the contexts out of its keywords, and do what they say.
+    """
+
+
+@dataclass(frozen=True)
+class _BeforePart(OverrideHook):
+    """Takes the context out of the keywords of a part; its router is in this layer, if there is one."""
+
+    name: str
+    here: _Here
+    layer: int | None
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        carried = kwargs.get(self.name)
+        if carried is None:
+            return None
+        if self.layer is not None:
+            carried.arrive(self.layer)
+        return args, {name: value for name, value in kwargs.items() if name != self.name}
+
+
+@dataclass(frozen=True)
+class RouterHook(OverrideHook):
+    """Replaces what a router returns.
+
+    Attributes:
+        layer: index of the decoder layer.
+        travels: whether contexts come by keyword.
+    """
+
+    layer: int
+    travels: bool
+    here: _Here
+    hearing: Hearing
+    router: StockRouter
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        carried = self.here.layers.pop(self.layer, None)
+        context = carried.context if carried is not None else None
+        if context is None and not self.travels:
+            context = self.hearing.open
+        if context is None or context.override is None:
+            return None
+        x = args[0] if args else kwargs["hidden_states"]
+        return self.router.overridden(x.reshape(-1, x.shape[-1]), output, context)
 
 
 class _Overriding:
@@ -109,13 +169,13 @@ class _Overriding:
         numbers = {id(module): layer for layer, (_, module) in layers.items()}
         self._inner = [
             child.register_forward_pre_hook(
-                functools.partial(self._before_child, numbers.get(id(module))), with_kwargs=True, prepend=True
+                _BeforePart(self._name, self._here, numbers.get(id(module))), with_kwargs=True, prepend=True
             )
             for module in every
             for child in module.children()
         ]
         for layer, router in listener.routers.items():
-            hook = functools.partial(self._after_router, layer, router)
+            hook = RouterHook(layer, self._travels, self._here, self._hearing, router)
             self._inner.append(router.gate.register_forward_hook(hook, with_kwargs=True))
             listeners_last(router.gate)
 
@@ -157,7 +217,7 @@ class _Overriding:
                     "not know which forward pass they belong to; switch gradient checkpointing off"
                 )
             return None
-        carried = _Carried(context)
+        carried = Carried(context, self._here)
         # An id may be that of a context which is gone; a number of its own never is.
         self._live.add(number := next(self._numbers))
         weakref.finalize(carried, self._ended, number)
@@ -166,26 +226,6 @@ class _Overriding:
     def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._hearing.open = None
         self._here.layers.clear()
-
-    def _before_child(self, layer: int | None, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        carried = kwargs.get(self._name)
-        if carried is None:
-            return None
-        if layer is not None:
-            self._here.layers[layer] = carried
-        return args, {name: value for name, value in kwargs.items() if name != self._name}
-
-    def _after_router(
-        self, layer: int, router: StockRouter, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        carried = self._here.layers.pop(layer, None)
-        context = carried.context if carried is not None else None
-        if context is None and not self._travels:
-            context = self._hearing.open
-        if context is None or context.override is None:
-            return None
-        x = args[0] if args else kwargs["hidden_states"]
-        return router.overridden(x.reshape(-1, x.shape[-1]), output, context)
 
 
 def _decoder_layer(decoder: nn.Module, router: StockRouter) -> tuple[nn.ModuleList, nn.Module]:

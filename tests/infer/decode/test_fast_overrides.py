@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from tests.hf.tiny import token_ids
-from tests.infer.decode.models import own
+from tests.infer.decode.models import own, stock
 from torch import Tensor, nn
 
 import moesaic
+from moesaic.infer.decode import OverrideSpec
+from moesaic.infer.decode.overrides import RoutingSwitch
 from moesaic.layer import Routing
 from moesaic.layer.kernels.native import decode
 
@@ -192,3 +195,95 @@ def test_texts_of_a_generation(text: str) -> None:
     expected = generated()
     with moesaic.fast_decoding(model):
         assert torch.equal(generated(), expected)
+
+
+STOCK: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 6},
+    "mixtral": {"num_local_experts": 6, "num_experts": 6},
+    "olmoe": {"num_experts": 6},
+}
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_models(name: str, native: Counter[str]) -> None:
+    model = stock(name, **STOCK[name])
+    blocks = 0 if name == "olmoe" else 3  # whose decoder layer has norms of another kind
+
+    def logits(**options: Any) -> Tensor:
+        return _stock_step(model, 5, **options)
+
+    cases: list[dict[str, Any]] = [{"override": override} for override in NATIVE]
+    cases += [
+        {"rows": [None, "rank=2", "k=4", "random=1", "experts=5"]},
+        {"rows": ["rank=6,2", None, None, "k=1", None]},
+    ]
+    for case in cases:
+        expected = logits(**case)
+        with moesaic.fast_decoding(model):
+            native.clear()
+            torch.testing.assert_close(logits(**case), expected, rtol=0, atol=1e-4)
+            assert native["blocks"] == blocks
+            assert not torch.allclose(logits(override=()), expected, atol=1e-3) or case in ({"override": "k=2"},)
+
+
+@torch.no_grad()
+def _stock_step(model: Any, batch: int, **options: Any) -> Tensor:
+    ids, new = token_ids(batch, 5, seed=1), token_ids(batch, 1, seed=2)
+    cache = model(ids, use_cache=True).past_key_values
+    with moesaic.override_routing(model, **options):
+        return model(new, past_key_values=cache).logits
+
+
+def test_stock_models_of_which_only_a_call_can_tell(native: Counter[str]) -> None:
+    model = stock("qwen3_moe", num_experts=6)
+
+    def nested(*overrides: str) -> Tensor:
+        with moesaic.override_routing(model, overrides[0]):
+            return _stock_step(model, 3, override=overrides[-1])
+
+    cases = [("without=2",), ("dynamic=0.5+scale=2",), ("k=3", "rank=1"), ("rank=2@0", "rank=3@2")]
+    expected = [nested(*case) if len(case) > 1 else _stock_step(model, 3, override=case[0]) for case in cases]
+    with moesaic.fast_decoding(model):
+        for case, plain in zip(cases, expected, strict=True):
+            native.clear()
+            found = nested(*case) if len(case) > 1 else _stock_step(model, 3, override=case[0])
+            torch.testing.assert_close(found, plain, rtol=0, atol=1e-4)
+            assert native["blocks"] == 0
+
+
+def test_hooks_of_others_are_run_beside_overrides(native: Counter[str]) -> None:
+    model: Any = stock("qwen3_moe", num_experts=6)
+    seen: list[int] = []
+    hook = model.model.layers[1].mlp.gate.register_forward_hook(lambda module, args, output: seen.append(1))
+    with moesaic.fast_decoding(model):
+        found = _stock_step(model, 2, rows=[None, "rank=2"])
+        assert (len(seen), native["blocks"]) == (2, 2)
+        hook.remove()
+        torch.testing.assert_close(_stock_step(model, 2, rows=[None, "rank=2"]), found, rtol=0, atol=1e-4)
+        assert native["blocks"] == 5
+
+
+def test_threads_of_a_stock_model() -> None:
+    """One overrides for itself alone, the other decodes as if it did not."""
+    model: Any = stock("mixtral", **STOCK["mixtral"])
+    plain = _stock_step(model, 2, override=())
+    weak = _stock_step(model, 2, override="rank=2")
+    found: dict[str, Tensor] = {}
+    switch = RoutingSwitch(model)
+    factory = switch.prepare(OverrideSpec.of("rank=2"))
+    with moesaic.fast_decoding(model), switch.entered(), switch.acting(factory), torch.no_grad():
+        ids, new = token_ids(2, 5, seed=1), token_ids(2, 1, seed=2)
+
+        def other() -> None:
+            with torch.no_grad():
+                cache = model(ids, use_cache=True).past_key_values
+                found["plain"] = model(new, past_key_values=cache).logits
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        with switch.acting(None):
+            cache = model(ids, use_cache=True).past_key_values
+        found["weak"] = model(new, past_key_values=cache).logits
+    torch.testing.assert_close(found["plain"], plain, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found["weak"], weak, rtol=0, atol=1e-4)

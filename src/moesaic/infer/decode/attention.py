@@ -59,7 +59,9 @@ class FastAttention(Fast):
             watch = Watch()
             weights = weights_of(own, watch)
             plan = None if weights is None else decode.AttentionPlan(weights)
-            held = own.__dict__[PLAN] = _Planned(watch, plan)
+            held = _Planned(watch, plan)
+            # With a hook in the way there is no plan, and nothing that would tell when it goes.
+            own.__dict__[PLAN] = held if watch.holds() else None
         if held.plan is None:
             return None
         step = step_of(own, x_B1D, position_embeddings, attention_mask, past_key_values, kwargs)

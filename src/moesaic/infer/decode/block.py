@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from moesaic.hf.backbone import BackboneMoEBlock
 from moesaic.hf.experts import IMPLEMENTATION, kernel_of
+from moesaic.hf.stock_override import Carried, RouterHook
 from moesaic.infer.decode import source
 from moesaic.infer.decode.router import FastSoftmaxRouter, FastTopKRouter, record_of, rule_of
 from moesaic.infer.decode.swap import runs
@@ -54,12 +56,26 @@ class FastBlock:
         # Our experts run the same kernels under "eager".
         return (IMPLEMENTATION, "eager") if self._is_ours else (IMPLEMENTATION,)
 
-    def asked(self, context: RoutingContext | None) -> Asked | None:
-        """The picks that the override of a context asks for; None if it must be called to tell."""
-        if context is None or context.override is None:
-            return OWN
+    def asked(self, context: RoutingContext | None, carried: Sequence[Carried]) -> Asked | None:
+        """The picks that overrides ask for; None if one must be called to tell, or several act.
+
+        Args:
+            context: of the forward pass, for our blocks.
+            carried: contexts of a stock model's overrides.
+        """
         gate = self._block.gate
-        return asked_of(context.override, self._block.layer, gate.weight.shape[0], gate.top_k)
+        if self._is_ours:
+            if context is None or context.override is None:
+                return OWN
+            return asked_of(context.override, self._block.layer, gate.weight.shape[0], gate.top_k)
+        if not gate._forward_hooks:
+            return OWN
+        hooks = [hook for hook in gate._forward_hooks.values() if isinstance(hook, RouterHook)]
+        if len(carried) > 1 or not all(hook.travels for hook in hooks):
+            return None
+        if not carried:
+            return OWN
+        return asked_of(carried[0].context.override, hooks[0].layer, gate.weight.shape[0], gate.top_k)
 
     def __call__(self, x_B1D: Tensor, residual: Tensor, context: RoutingContext | None, asked: Asked = OWN) -> Tensor:
         """residual + block(x), whose routing is committed to `context` if there is one."""

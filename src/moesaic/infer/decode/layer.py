@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.hf.backbone import BackboneMoEBlock, take_context
+from moesaic.hf.stock_override import take_carried
 from moesaic.infer.decode import attention, block, source
 from moesaic.infer.decode.attention import FastAttention, step_of, weights_of
 from moesaic.infer.decode.norm import FastNorm
@@ -57,21 +58,25 @@ class FastLayer(Fast):
             return None
         held: _Planned | None = own.__dict__[PLAN]
         if held is None or not held.watch.holds() or not held.second_watch.holds():
-            held = own.__dict__[PLAN] = _planned(own)
+            held = _planned(own)
+            # With a hook in the way there is no plan, and nothing that would tell when it goes.
+            own.__dict__[PLAN] = held if held.watch.holds() and held.second_watch.holds() else None
         if held.first is None or not x_B1D.is_contiguous():
             return None
-        context = take_context(kwargs)
+        context, carried = take_context(kwargs), take_carried(kwargs)
         step = step_of(own.self_attn, x_B1D, position_embeddings, attention_mask, past_key_values, kwargs)
         if step is None:
             return None
         sum_B1D, y_B1D = held.first(x_B1D, step.address)
         step.done()
         if held.second is not None and held.second.takes(y_B1D):
-            asked = held.second.asked(context)
+            asked = held.second.asked(context, carried)
             if asked is not None:
                 return held.second(y_B1D, sum_B1D, context, asked)
         if held.ours is not None:
             held.ours.context = context
+        for each in carried:
+            each.arrive(own.self_attn.layer_idx)
         return sum_B1D + own.mlp(y_B1D)
 
 
