@@ -150,7 +150,10 @@ def _readable(error: ValidationError, model: type[BaseModel], where: str) -> Con
     for detail in error.errors():
         inner = detail.get("ctx", {}).get("error")
         if isinstance(inner, ConfigError):
-            field = ".".join(filter(None, [where, *_walk(model, detail["loc"])[0], inner.field]))
+            steps = _walk(model, detail["loc"])[0]
+            if steps and inner.field.split(".")[0] == steps[-1]:
+                steps.pop()  # it says itself where it stands
+            field = ".".join(filter(None, [where, *steps, inner.field]))
             return ConfigError(field, inner.value, inner.problem, inner.remedy)
     # An unknown key before a missing one: mostly it is the missing one, misspelt.
     detail = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -13,12 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from moesaic.cli.console import Json, emit_json, errors
+from moesaic.cli.decodings import HELP, decoding_of
 from moesaic.cli.models import load, positions_of, tokenizer_of
 from moesaic.cli.overrides import Override, routing_of
 from moesaic.cli.tracing import TracePath, trace_report, traced
 from moesaic.errors import ConfigError
 from moesaic.hf import MoesaicForCausalLM
-from moesaic.infer.decode import fast_decoding
+from moesaic.infer.decode import DecodingSpec, count_positions, fast_decoding
 
 
 class _Stream(TextStreamer):
@@ -36,9 +39,23 @@ def command(
     model: Annotated[Path, typer.Argument(help="Folder of a model or of a training run.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; - reads it from stdin.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the smallest set of this mass.")] = 0.95,
-    num_beams: Annotated[int, typer.Option(min=1, help="Beam search with this many beams (not streamed).")] = 1,
+    decode: Annotated[str | None, typer.Option(metavar="TEXT", help=HELP)] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="0 takes the most likely token.", show_default="0.8, or what --decode says"),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Sample from the smallest set of this mass.",
+            show_default="0.95, or what --decode says",
+        ),
+    ] = None,
+    num_beams: Annotated[
+        int | None, typer.Option(min=1, help="Beam search with this many beams (not streamed).", show_default="1")
+    ] = None,
     domain: Annotated[
         int | None,
         typer.Option(min=0, help="Number of the text's task or modality, for routers that look at it (docs: Data)."),
@@ -53,6 +70,7 @@ def command(
 
     Example: moesaic generate runs/demo/moe --prompt "def read_file(path):" --temperature 0.5
     """
+    spec = decoding_of(decode, temperature=temperature, top_p=top_p, num_beams=num_beams)
     network, folder = load(model)
     tokens = tokenizer_of(folder, network, tokenizer)
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -60,22 +78,21 @@ def command(
     inputs: Any = tokens(text or str(tokens.eos_token), return_tensors="pt", add_special_tokens=bool(text))
     labels = _labels(network, inputs["input_ids"], domain)
     _check_length(network, inputs["input_ids"].shape[1], max_new_tokens)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    generate, beams = _generation(network, spec, temperature, top_p, num_beams)
     torch.manual_seed(seed)
     begun = time.perf_counter()
     with (
         routing_of(network, override),
         fast_decoding(network),
         traced(trace, 1.0, network, tokens) as recorded,
+        count_positions(network) as positions,
     ):
-        output: Any = cast(Any, network).generate(
+        output: Any = generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            streamer=None if json or num_beams > 1 else _Stream(tokens),
+            streamer=None if json or beams > 1 else _Stream(tokens),
             pad_token_id=tokens.pad_token_id if tokens.pad_token_id is not None else tokens.eos_token_id,
-            **sampling,
             **labels,
         )
     seconds = time.perf_counter() - begun
@@ -89,15 +106,32 @@ def command(
                 "text": continuation,
                 "tokens": len(new),
                 "tokens_per_second": rate,
+                **({} if spec is None else {"decoding": spec.label, "forward_positions": positions.count}),
                 **trace_report(recorded),
             }
         )
     else:
-        if num_beams > 1:
+        if beams > 1:
             sys.stdout.write(continuation + "\n")
         errors.print(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s", style="dim")
         if recorded is not None:
             errors.print(f"Routing of {recorded.num_tokens:,} tokens: {recorded.path}", style="dim")
+
+
+def _generation(
+    model: PreTrainedModel,
+    spec: DecodingSpec | None,
+    temperature: float | None,
+    top_p: float | None,
+    num_beams: int | None,
+) -> tuple[Callable[..., Any], int]:
+    """What is called with the inputs, and the number of beams."""
+    if spec is not None:
+        return functools.partial(spec.generate, model), spec.num_beams
+    temperature, top_p = (0.8 if temperature is None else temperature), (0.95 if top_p is None else top_p)
+    beams = num_beams or 1
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    return functools.partial(cast(Any, model).generate, num_beams=beams, **sampling), beams
 
 
 def _labels(model: PreTrainedModel, ids_BS: Tensor, domain: int | None) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from moesaic.infer.consistency.likelihood import (
 from moesaic.infer.consistency.normalise import normalise_letter, normalise_number, normalise_text
 from moesaic.infer.consistency.sample import Sample, Sampler, Usage
 from moesaic.infer.consistency.self_consistency import Consensus, self_consistency
+from moesaic.infer.consistency.spec_decoding import SpecDecoding
 from moesaic.infer.consistency.vote import Vote, decided, vote
 from moesaic.infer.decode.row_sampler import RowSampler, row_seed
 
@@ -38,6 +39,7 @@ __all__ = [
     "Sample",
     "Sampler",
     "Scorer",
+    "SpecDecoding",
     "Usage",
     "Vote",
     "after_marker",

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from moesaic.infer.decode.cost import Work, pass_bytes
 from moesaic.infer.decode.counting import count_work
-from moesaic.infer.decode.decodings import DecodingStrategy, SelfContrast, SelfContrastRows
+from moesaic.infer.decode.decodings import DecodingLike, DecodingSpec, DecodingStrategy, SelfContrast, SelfContrastRows
 from moesaic.infer.decode.fast import FastDecoding, fast_decoding
 from moesaic.infer.decode.overrides import OverrideLike, OverrideSpec, ReplayedTrace, check_override, override_routing
+from moesaic.infer.decode.positions import Positions, count_positions
 
 __all__ = [
+    "DecodingLike",
+    "DecodingSpec",
     "DecodingStrategy",
     "FastDecoding",
     "OverrideLike",
     "OverrideSpec",
+    "Positions",
     "ReplayedTrace",
     "SelfContrast",
     "SelfContrastRows",
     "Work",
     "check_override",
+    "count_positions",
     "count_work",
     "fast_decoding",
     "override_routing",

@@ -13,6 +13,7 @@ from moesaic.errors import UnsupportedModel
 from moesaic.hf.routing_source import RoutingSource, routing_source
 from moesaic.hf.weight_sizes import WeightSizes, weight_sizes
 from moesaic.infer.decode.cost import Work, pass_bytes
+from moesaic.infer.decode.positions import positions_in
 from moesaic.layer import Routing, RoutingContext
 
 
@@ -78,10 +79,8 @@ class _Listener:
         self._sizes, self._count = sizes, count
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        ids: Tensor | None = kwargs.get("input_ids", args[0] if args else None)
-        positions = ids.numel() if ids is not None else kwargs["inputs_embeds"].shape[:2].numel()
         nothing = dict.fromkeys(self._sizes.experts, 0.0)
-        self._count.work += Work(1, positions, pass_bytes(self._sizes, nothing, heads=0))
+        self._count.work += Work(1, positions_in(args, kwargs), pass_bytes(self._sizes, nothing, heads=0))
 
     def head(self, module: nn.Module, args: tuple) -> None:
         self._count.work += Work(weight_bytes=self._sizes.head)

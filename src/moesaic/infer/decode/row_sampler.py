@@ -70,7 +70,7 @@ def warpers(config: GenerationConfig) -> LogitsProcessorList:
         made.append(TopKLogitsWarper(config.top_k))
     if config.top_p is not None and config.top_p < 1.0:
         made.append(TopPLogitsWarper(config.top_p))
-    if config.min_p is not None:
+    if config.min_p:
         made.append(MinPLogitsWarper(config.min_p))
     if config.typical_p is not None and config.typical_p < 1.0:
         made.append(TypicalLogitsWarper(config.typical_p))

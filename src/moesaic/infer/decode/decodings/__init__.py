@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from moesaic.infer.decode.decodings.base import DecodingStrategy
 from moesaic.infer.decode.decodings.self_contrast import SelfContrast, SelfContrastRows
+from moesaic.infer.decode.decodings.spec import DecodingLike, DecodingSpec
 
-__all__ = ["DecodingStrategy", "SelfContrast", "SelfContrastRows"]
+__all__ = ["DecodingLike", "DecodingSpec", "DecodingStrategy", "SelfContrast", "SelfContrastRows"]

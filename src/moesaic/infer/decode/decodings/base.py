@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 from abc import ABC, abstractmethod
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
 
+from pydantic import model_validator
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -26,6 +28,24 @@ class DecodingStrategy(Config, ABC):
     transformers (5.23) does not hand `streamer`, `tokenizer`, `synced_gpus` and `assistant_model` to a callable; use
     `decoding.generate(model, ...)` for these.
     """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Values of fields for a purpose, by name: what `preset` in a mapping or a text stands for, where fields say nothing else."""
+    samples: ClassVar[bool] = True
+    """Whether a temperature means something. It is then drawn from the scores by transformers' loop."""
+    searches: ClassVar[bool] = True
+    """Whether several beams do."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or "preset" not in values or "preset" in cls.model_fields:
+            return values
+        preset = values["preset"]
+        if preset not in cls.presets:
+            known = f"choose one of {', '.join(cls.presets)}" if cls.presets else "leave it out"
+            raise ConfigError("preset", preset, "is not a preset", known)
+        return {**cls.presets[preset], **{field: value for field, value in values.items() if field != "preset"}}
 
     @abstractmethod
     def __call__(

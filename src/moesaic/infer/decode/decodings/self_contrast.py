@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 from torch import Tensor
@@ -53,6 +53,8 @@ class SelfContrast(DecodingStrategy):
         strong_temperature: strong logits are divided by it, before the mask.
         weak_temperature: weak logits are divided by it.
     """
+
+    presets: ClassVar = {"reasoning": {"beta": 0.5}, "code": {"beta": 0.1}}
 
     type: Literal["self_contrast"] = "self_contrast"
     weak: OverrideSpec = Field(default_factory=lambda: OverrideSpec.of("rank=2"))

@@ -12,7 +12,7 @@ from pydantic import Field
 from moesaic.configuration import Config, read_yaml
 from moesaic.errors import ConfigError
 from moesaic.infer.decode.overrides.replayed import ReplayedTrace
-from moesaic.infer.decode.overrides.text import parts_of_text
+from moesaic.infer.decode.overrides.text import parts_of_text, text_of_parts
 from moesaic.layer.overrides import (
     DynamicExperts,
     FixedExperts,
@@ -52,6 +52,15 @@ class OverrideSpec(Config):
     """
 
     parts: tuple[AnyPart, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The short text that says it; nothing for no parts.
+
+        Raises:
+            ConfigError: for what no text says: settings of a replayed trace, or one in memory.
+        """
+        return text_of_parts(self.parts)
 
     @classmethod
     def of(cls, given: OverrideLike) -> OverrideSpec:
