@@ -331,4 +331,15 @@ SECTIONS = (
     Section(
         "Exactness", "Texts of the development split that are equal, with the fixed setting where not said.", _exact
     ),
+    Section(
+        "With a model of yours",
+        "Size `gpu` trains nothing and measures a checkpoint: Mixtral, Qwen-MoE, DeepSeek-MoE, or any MoE model whose routing can "
+        "be overridden. It needs the folder of the model; settings are tried that fit it: single ranks as weak passes, or one to "
+        "three experts where the model picks four or more. Tasks are JSONL files of generated answers "
+        "([format](../tasks.md)); without any, our problems are asked behind worked ones. `measure.amateur` names a smaller "
+        "model with the same tokenizer, and `checkpoint.split=true` spreads a large one over all GPUs."
+        "\n\n<!-- no-run: needs a checkpoint and a GPU -->\n```bash\n"
+        "moesaic reproduce scmoe --size gpu --seeds 0 --set checkpoint.path=/models/Mixtral-8x7B-v0.1 \\\n"
+        "  --set 'measure.tasks=[gsm8k.jsonl]'\n```",
+    ),
 )
