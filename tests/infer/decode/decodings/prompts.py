@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-NEW_TOKENS = 10
+NEW_TOKENS = 8
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
 Reference = Callable[[Tensor], Tensor]
 
