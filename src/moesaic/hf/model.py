@@ -279,9 +279,11 @@ class MoesaicForCausalLM(MoesaicPreTrainedModel, GenerationMixin):
             raise UnsupportedDecoding(unservable)
         return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] its protocol names private attributes
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Inputs of one step of generation: of the modalities those of the tokens that are not in the cache."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] as above
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] as above
         if inputs.get("modality_ids") is not None:
             given = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
             inputs["modality_ids"] = inputs["modality_ids"][:, -given.shape[1] :]

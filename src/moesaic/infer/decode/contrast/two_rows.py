@@ -67,3 +67,7 @@ class TwoRows:
         is_weak_R[self._weak_W] = 1
         cache.reorder_cache(begin_R + is_weak_R)
         return cache
+
+    def leave_strong(self, cache: Any) -> None:
+        """Drop the rows of weak passes from a cache that outlives the generation."""
+        cache.reorder_cache(self._strong_B)

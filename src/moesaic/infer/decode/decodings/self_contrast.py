@@ -181,7 +181,7 @@ class SelfContrastRows(DecodingStrategy):
             ended=lambda: None if beams else ending.ended_B,
         )
         with switch.entered():
-            return generate_with(
+            found = generate_with(
                 model,
                 passes,
                 input_ids,
@@ -192,6 +192,12 @@ class SelfContrastRows(DecodingStrategy):
                 streamer=streamer,
                 **model_kwargs,
             )
+        cache = model_kwargs.get("past_key_values")
+        if not getattr(cache, "_is_user_defined", False):
+            cache = getattr(found, "past_key_values", None)
+        if cache is not None and isinstance(passes, TwoRows):
+            passes.leave_strong(cache)
+        return found
 
     def _by_row(self, batch: int) -> Sequence[SelfContrast | None]:
         """The settings of each row; beams and sequences of a prompt stand together."""
