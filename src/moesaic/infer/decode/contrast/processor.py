@@ -12,14 +12,13 @@ from transformers import (
     LogitNormalization,
     LogitsProcessor,
     LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
     WatermarkLogitsProcessor,
 )
 
 from moesaic.errors import ConfigError
 from moesaic.infer.decode.contrast.passes import Passes
-from moesaic.infer.decode.contrast.scores import contrast, difference
+from moesaic.infer.decode.contrast.scores import contrast
 from moesaic.infer.decode.row_sampler import RowSampler
 
 EosBan = Literal["before_mask", "official"]
@@ -30,13 +29,13 @@ class Strength:
     """How a row's passes are set against each other.
 
     Attributes:
-        alpha, beta: see `scores.contrast`; no beta is `scores.difference`.
+        alpha, beta: see `scores.contrast`.
         strong_temperature, weak_temperature: logits are divided by these before anything else.
         eos_ban: whether, and in which order, end-of-sequence tokens are ruled out.
     """
 
     alpha: float
-    beta: float | None
+    beta: float
     strong_temperature: float = 1.0
     weak_temperature: float = 1.0
     eos_ban: EosBan | None = None
@@ -111,10 +110,12 @@ class ContrastProcessor(LogitsProcessor):
     def _contrasted(self, strength: Strength, strong_GV: Tensor, weak_GV: Tensor) -> Tensor:
         if strength.eos_ban == "before_mask":
             strong_GV[:, self._eos] = -torch.inf
-        strong_GV, weak_GV = strong_GV / strength.strong_temperature, weak_GV.float() / strength.weak_temperature
-        if strength.beta is None:
-            return difference(strong_GV, weak_GV, alpha=strength.alpha)
-        return contrast(strong_GV, weak_GV, alpha=strength.alpha, beta=strength.beta)
+        return contrast(
+            strong_GV / strength.strong_temperature,
+            weak_GV.float() / strength.weak_temperature,
+            alpha=strength.alpha,
+            beta=strength.beta,
+        )
 
     def _ban_last(self, found_GV: Tensor, row_G: Tensor) -> None:
         """Rule the end of sequences out of what is plausible."""
@@ -138,22 +139,11 @@ class ContrastProcessor(LogitsProcessor):
 _FINAL = (RowSampler, LogitNormalization, WatermarkLogitsProcessor)
 
 
-def with_contrast(
-    processors: LogitsProcessorList, contrasting: LogitsProcessor, *, penalise_contrast: bool = False
-) -> LogitsProcessorList:
+def with_contrast(processors: LogitsProcessorList, contrasting: LogitsProcessor) -> LogitsProcessorList:
     """All processors in their order: those that rule tokens out or penalise them act on the strong logits, as `generate`
-    has it for processors of its callers, and temperature, top-k, top-p and the like on the contrast.
-
-    Args:
-        processors: as `generate` made them.
-        contrasting: turns strong logits into contrasted ones.
-        penalise_contrast: the penalty for repetition acts on the contrast too.
-    """
-    late = [penalise_contrast and isinstance(processor, RepetitionPenaltyLogitsProcessor) for processor in processors]
+    has it for processors of its callers, and temperature, top-k, top-p and the like on the contrast."""
     first = next((place for place, processor in enumerate(processors) if _final(processor)), len(processors))
-    before = [processor for processor, is_late in zip(processors[:first], late, strict=False) if not is_late]
-    between = [processor for processor, is_late in zip(processors[:first], late, strict=False) if is_late]
-    return LogitsProcessorList([*before, contrasting, *between, *processors[first:]])
+    return LogitsProcessorList([*processors[:first], contrasting, *processors[first:]])
 
 
 def _final(processor: LogitsProcessor) -> bool:

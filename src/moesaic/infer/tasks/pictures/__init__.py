@@ -1,0 +1,8 @@
+"""Pictures of a sweep: accuracy against cost, and grids of two parameters as heat maps."""
+
+from __future__ import annotations
+
+from moesaic.infer.tasks.pictures.grids import Grid, Line, grids_of
+from moesaic.infer.tasks.pictures.write import draw_sweep
+
+__all__ = ["Grid", "Line", "draw_sweep", "grids_of"]
