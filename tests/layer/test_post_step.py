@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from functools import reduce
 from operator import add
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from tests.distributed.spawn import run_ranks
 from torch import Tensor
 
 from moesaic.errors import ConfigError
@@ -187,18 +186,14 @@ def test_accumulation_moves_state_as_one_batch_does(values: dict[str, Any]) -> N
     torch.testing.assert_close(state_after_two_steps(values, parts), whole)
 
 
-def _rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    parts = [slice(0, 1)] if rank == 0 else [slice(1, 2), slice(2, 4)]
-    torch.save({name: state_after_two_steps(values, parts) for name, values in STEPS.items()}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def on_rank() -> dict[str, dict[str, Tensor]]:
+    parts = [slice(0, 1)] if dist.get_rank() == 0 else [slice(1, 2), slice(2, 4)]
+    return {name: state_after_two_steps(values, parts) for name, values in STEPS.items()}
 
 
-def test_two_processes_move_state_as_one_does(tmp_path: Path) -> None:
-    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+def test_two_processes_move_state_as_one_does() -> None:
+    first, second = run_ranks(2, on_rank)
     whole = {name: state_after_two_steps(values, [slice(0, 4)]) for name, values in STEPS.items()}
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, expected in whole.items():
         torch.testing.assert_close(first[name], expected)
         torch.testing.assert_close(second[name], first[name], rtol=0, atol=0)

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
+from tests.distributed.spawn import run_ranks
 from tests.parity.stock_models import stock_config, stock_model
 from tests.parity.test_convert import gradients_under_stock_names
-from tests.train.stock_steps import biases_after_a_step, gradients, ragged_batch, run_rank, step
+from tests.train.stock_steps import biases_after_a_step, biases_on_rank, gradients, ragged_batch, step
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
@@ -391,10 +391,8 @@ def test_in_bfloat16_the_picks_that_were_made_are_counted(model_type: str) -> No
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
-def test_two_processes_move_the_bias_as_one_does(tmp_path: Path) -> None:
-    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
+def test_two_processes_move_the_bias_as_one_does() -> None:
     whole = biases_after_a_step([slice(0, 4)])
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
+    for found in run_ranks(2, biases_on_rank):
         assert found.keys() == whole.keys()
         assert all(torch.equal(found[name], whole[name]) for name in whole)
