@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -98,3 +100,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
     train(RunConfig.from_dict(RUN), folder, progress=False)
     return folder
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    """A task of three generated answers and three choices."""
+    rows: list[dict[str, Any]] = [{"defaults": {"preset": "last_number", "max_new_tokens": 4, "stop": ["\n"]}}]
+    rows += [{"prompt": f"{n} plus {n} is", "answer": 2 * n} for n in range(3)]
+    rows += [{"prompt": f"{n} plus {n} is", "choices": [f" {2 * n}", " x"], "answer": "A"} for n in range(3)]
+    path = tmp_path / "sums.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from tests.cli.conftest import RUN, Cli
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
@@ -128,27 +127,6 @@ def test_eval_of_given_text_counts_every_token(cli: Cli, trained: Path, tmp_path
     assert all(found["tokens"] > 0 for found in report["domains"].values())
     table = cli("eval", trained, *texts).out
     assert "perplexity" in table
-
-
-def test_eval_runs_tasks_of_lm_eval(cli: Cli, trained: Path, tmp_path: Path) -> None:
-    rows = [{"question": f"{n} plus {n} is", "choices": [f" {2 * n}", " x"], "answer": 0} for n in range(4)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    task = {
-        "task": "tiny_sums",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "answer",
-        "metric_list": [{"metric": "acc"}],
-    }
-    (tmp_path / "tiny_sums.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
-    ended = cli("eval", trained, "--tasks", "tiny_sums", "--tasks-folder", tmp_path, "--json")
-    assert ended.code == 0, ended.err
-    accuracy = json.loads(ended.out)["tasks"]["tiny_sums"]["acc,none"]
-    assert accuracy in {0.0, 0.25, 0.5, 0.75, 1.0}
 
 
 def test_inspect_counts_a_run_before_it_is_trained(cli: Cli, run_file: Path, trained: Path) -> None:

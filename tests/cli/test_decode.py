@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 from tests.cli.conftest import Cli
+from transformers import AutoTokenizer
+
+from moesaic.train import CheckpointStore
 
 OPTIONS = ("-p", "The", "--max-new-tokens", "6")
 
@@ -68,3 +71,98 @@ def test_generate_names_mistakes(cli: Cli, trained: Path, options: list[str], me
     assert ended.code == 2
     assert ended.err.startswith("error: ")
     assert message in " ".join(ended.err.split())
+
+
+def evaluated(cli: Cli, trained: Path, *options: object) -> dict[str, Any]:
+    ended = cli("eval", trained, *options, "--json")
+    assert ended.code == 0, ended.err
+    return json.loads(ended.out)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_eval_by_decoding(cli: Cli, trained: Path, task: Path, tmp_path: Path) -> None:
+    def rows(name: str, *options: object) -> list[dict[str, Any]]:
+        evaluated(cli, trained, "--task", task, "-o", tmp_path / name, *options)
+        return [{**row, "run": "", "seconds": 0} for row in rows_of(tmp_path / name)]
+
+    plain = rows("plain")
+    assert rows("greedy", "--decode", "greedy") == plain
+    assert rows("routed", "--decode", "greedy override=k=3") == rows(
+        "around", "--decode", "greedy", "--override", "k=3"
+    )
+    contrasted = rows("contrast", "--decode", "self-contrast alpha=0.001 beta=4")
+    for row, other in zip(plain, contrasted, strict=True):
+        if row["type"] == "choice":
+            assert row["log_likelihoods"] != other["log_likelihoods"]
+    assert [row.get("samples") for row in plain] != [row.get("samples") for row in contrasted]
+    same = cli(
+        "eval", trained, "--task", task, "-o", tmp_path / "contrast", "--decode", "self-contrast alpha=0.001 beta=3"
+    )
+    assert same.code == 2
+    assert "other settings" in same.err
+    printed = cli(
+        "eval", trained, "--task", task, "-o", tmp_path / "contrast", "--decode", "self-contrast alpha=1e-3 beta=4"
+    )
+    assert "Decoding: self-contrast alpha=0.001 beta=4" in printed.out
+
+
+def test_eval_votes_over_a_decoding(cli: Cli, trained: Path, task: Path, tmp_path: Path) -> None:
+    options = ("--task", task, "--samples", "3", "--decode", "self-contrast")
+    found = evaluated(cli, trained, *options, "--vote", "weighted", "-o", tmp_path / "first")
+    assert found["decoding"] == "self-contrast temperature=0.7"
+    drawn = [row["samples"] for row in rows_of(tmp_path / "first") if row["type"] == "generate"]
+    assert any(len({sample["text"] for sample in samples}) > 1 for samples in drawn)
+    warm = evaluated(cli, trained, *options, "--temperature", "0.9", "--top-p", "0.8")
+    assert warm["decoding"] == "self-contrast temperature=0.9 top_p=0.8"
+
+
+def only(task: Path, kind: str) -> Path:
+    lines = task.read_text(encoding="utf-8").splitlines()
+    path = task.parent / f"{kind}.jsonl"
+    path.write_text(
+        "\n".join(line for line in lines if "defaults" in line or (kind == "choices") == ("choices" in line))
+    )
+    return path
+
+
+def test_eval_names_what_would_not_be_used(cli: Cli, trained: Path, task: Path) -> None:
+    choices, texts = only(task, "choices"), only(task, "texts")
+    unused = "is for generated answers, and all are multiple choice"
+    for options, message in [
+        (["--task", choices, "--decode", "sample temperature=0.5"], f"decode.temperature = 0.5 {unused}"),
+        (["--task", choices, "--decode", "beam num_beams=2"], f"decode.num_beams = 2 {unused}"),
+        (["--task", choices, "--decode", "self-contrast alpha=0.5"], f"decode.alpha = 0.5 {unused}"),
+        (["--decode", "greedy"], "--decode = 'greedy' is only for tasks"),
+        (["--task", texts, "--samples", "3", "--decode", "greedy"], "--samples = 3 of 'greedy' are all equal"),
+        (
+            ["--task", texts, "--decode", "self-contrast temperature=0.5", "--temperature", "0.6"],
+            "temperature = 0.6 is another",
+        ),
+        (["--task", texts, "--decode", "self-contrast weak=rank=9"], "rank = 9 is more than the 8 experts"),
+        (["--task", texts, "--decode", "self-contrast beta=-1"], "decode.beta = '-1' is not valid"),
+        (["--task", texts, "--decode", "greedy override=k=4@5"], "k.layers = 5 is a layer without a router"),
+    ]:
+        ended = cli("eval", trained, *options)
+        assert ended.code == 2, (options, ended.out)
+        assert ended.err.startswith("error: ")
+        assert message in " ".join(ended.err.split())
+    assert cli("eval", trained, "--task", choices, "--decode", "self-contrast beta=0.5").code == 0
+
+
+def test_eval_names_faults_of_tasks_and_tokenizers(cli: Cli, trained: Path, task: Path, tmp_path: Path) -> None:
+    task.write_text('{"prompt": "1 + 1 =", "answer": "2", "pattern": "[0-9]+"}\n')
+    ended = cli("eval", trained, "--task", task, "--decode", "self-contrast")
+    assert ended.code == 2
+    assert "line 1: pattern = '[0-9]+' has no group; put the answer in brackets" in " ".join(ended.err.split())
+    task.write_text('{"prompt": "1 + 1 =", "answer": "2", "preset": "last_number"}\n')
+    latest = CheckpointStore(trained / "checkpoints", keep=1).latest()
+    assert latest is not None
+    tokenizer = AutoTokenizer.from_pretrained(latest)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "unpadded")
+    ended = cli("eval", trained, "--task", task, "--decode", "self-contrast", "--tokenizer", tmp_path / "unpadded")
+    assert ended.code == 2
+    assert "tokenizer.pad_token = None is missing" in " ".join(ended.err.split())

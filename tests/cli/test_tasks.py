@@ -5,19 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 from tests.cli.conftest import Cli
-
-
-@pytest.fixture
-def task(tmp_path: Path) -> Path:
-    defaults = {"preset": "last_number", "max_new_tokens": 4, "stop": ["\n"]}
-    rows = [{"defaults": defaults}]
-    rows += [{"prompt": f"{n} plus {n} is", "answer": 2 * n} for n in range(3)]
-    rows += [{"prompt": f"{n} plus {n} is", "choices": [f" {2 * n}", " x"], "answer": "A"} for n in range(3)]
-    path = tmp_path / "sums.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return path
 
 
 def test_a_task_with_a_vote_and_a_comparison(cli: Cli, trained: Path, task: Path, tmp_path: Path) -> None:

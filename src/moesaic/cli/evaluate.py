@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic.cli.console import Json, emit_json, results
+from moesaic.cli.decodings import decodings_of
 from moesaic.cli.models import load, tokenizer_of
 from moesaic.cli.overrides import Override, routing_of
 from moesaic.cli.tasks import (
     Compare,
+    Decode,
     Output,
     Samples,
     Seed,
@@ -29,6 +31,7 @@ from moesaic.cli.tasks import (
 from moesaic.cli.texts import Texts, batches_of, sequence_length_for
 from moesaic.cli.tracing import TracePath, TraceSample, labelled, trace_report, traced
 from moesaic.errors import ConfigError
+from moesaic.infer.decode import DecodingSpec
 from moesaic.train import evaluate, overall
 
 
@@ -38,8 +41,9 @@ def command(
     task_files: TaskFiles = None,
     samples: Samples = 1,
     vote: Vote = "majority",
+    decode: Decode = None,
     temperature: Temperature = None,
-    top_p: TopP = 1.0,
+    top_p: TopP = None,
     seed: Seed = 0,
     output: Output = None,
     compare: Compare = None,
@@ -64,12 +68,15 @@ def command(
 
     Example: moesaic eval runs/demo/moe --text code=src --text prose=README.md
     """
-    options = TaskOptions(task_files or (), samples, vote, temperature, top_p, seed, output, compare)
+    decodings = decodings_of(decode, samples=samples, temperature=temperature, top_p=top_p)
+    options = TaskOptions(task_files or (), samples, vote, temperature, top_p, seed, output, compare, decodings)
     options.check()
     own_tasks = read_tasks(options)
+    options.check_used(own_tasks, others=tasks is not None)
     network, folder = load(model)
     tokens = tokenizer_of(folder, network, tokenizer)
     report: dict[str, Any] = {"override": list(override)} if override else {}
+    report |= {"decoding": options.spec.label} if options.spec else {}
     with routing_of(network, override), traced(trace, trace_sample, network, tokens) as recorded:
         if texts or not (tasks or own_tasks):
             length = sequence_length_for(network, sequence_length)
@@ -89,7 +96,16 @@ def command(
                 json=json,
             )
         if tasks:
-            report["tasks"] = _run_harness(network, tokens, tasks.split(","), tasks_folder, limit, batch_size)
+            report["tasks"] = _run_harness(
+                network,
+                tokens,
+                tasks.split(","),
+                tasks_folder,
+                options.spec,
+                limit=limit,
+                batch_size=batch_size,
+                seed=seed,
+            )
     report |= trace_report(recorded)
     if json:
         emit_json(report)
@@ -102,33 +118,17 @@ def _run_harness(
     tokenizer: PreTrainedTokenizerBase,
     tasks: list[str],
     folder: Path | None,
-    limit: int | None,
-    batch_size: int,
+    spec: DecodingSpec | None,
+    **options: Any,
 ) -> dict[str, dict[str, Any]]:
     """Metrics by task."""
     try:
-        from lm_eval.evaluator import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
+        from moesaic.cli.harness import run_harness
     except ImportError:
         raise ConfigError("--tasks", ",".join(tasks), "needs lm-eval", "pip install 'moesaic[eval]'") from None
     if folder is not None and not folder.is_dir():
         raise ConfigError("--tasks-folder", str(folder), "is not a folder", "give the folder of your task files")
-    manager = TaskManager(include_path=None if folder is None else str(folder))
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown:
-        raise ConfigError(
-            "--tasks", unknown[0], "is not a task", "`lm-eval ls tasks` lists them; --tasks-folder adds yours"
-        )
-    # lm-eval's decorators hide its signatures from type checkers.
-    wrapped = cast(Any, HFLM)(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    outcome = cast(Any, simple_evaluate)(
-        model=wrapped, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0
-    )
-    return {
-        task: {name: value for name, value in metrics.items() if isinstance(value, float)}
-        for task, metrics in outcome["results"].items()
-    }
+    return run_harness(model, tokenizer, tasks, folder, spec, **options)
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -138,6 +138,8 @@ def _print(report: dict[str, Any]) -> None:
         for name, row in rows.items():
             table.add_row(name, f"{row['loss']:.4f}", f"{row['perplexity']:.2f}", f"{row['tokens']:,}")
         results.print(table)
+    if "decoding" in report:
+        results.print(f"Decoding: {report['decoding']}", highlight=False, markup=False)
     if "own_tasks" in report:
         print_tasks(report["own_tasks"])
     if "tasks" in report:

@@ -14,10 +14,21 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic.cli.console import errors, results
+from moesaic.cli.decodings import HELP
 from moesaic.errors import ConfigError
 from moesaic.infer.consistency import Generate
-from moesaic.infer.decode import fast_decoding
-from moesaic.infer.tasks import ResultsFile, Task, TaskResult, VoteRule, evaluate_task, load_task, read_results
+from moesaic.infer.decode import DecodingSpec, fast_decoding
+from moesaic.infer.tasks import (
+    ChoiceItem,
+    GenerateItem,
+    ResultsFile,
+    Task,
+    TaskResult,
+    VoteRule,
+    evaluate_task,
+    load_task,
+    read_results,
+)
 
 TaskFiles = Annotated[
     list[Path] | None,
@@ -32,7 +43,13 @@ Temperature = Annotated[
     float | None,
     typer.Option(min=0.0, help="Of generated answers; 0 takes the likeliest token. 0, or 0.7 for several samples."),
 ]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the smallest set of this mass.")]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0, max=1.0, help="Sample from the smallest set of this mass.", show_default="1, or what --decode says"
+    ),
+]
+Decode = Annotated[list[str] | None, typer.Option("--decode", metavar="TEXT", help=HELP)]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of sampling.")]
 Output = Annotated[
     Path | None,
@@ -50,10 +67,11 @@ class TaskOptions:
     samples: int
     vote: VoteRule
     temperature: float | None
-    top_p: float
+    top_p: float | None
     seed: int
     output: Path | None
     compare: Path | None
+    decodings: Sequence[DecodingSpec] = ()
 
     def check(self) -> None:
         """Check what can be before a model is loaded.
@@ -66,11 +84,13 @@ class TaskOptions:
                 "--samples": self.samples > 1,
                 "--output": self.output is not None,
                 "--compare": self.compare is not None,
-                "--temperature": self.temperature is not None,
+                "--temperature": self.temperature is not None and not self.decodings,
             }
             for option, given in unused.items():
                 if given:
                     raise ConfigError(option, "given", "is only for --task", "give --task FILE.jsonl, or leave it out")
+        if len(self.decodings) > 1:
+            raise ConfigError("--decode", [spec.label for spec in self.decodings], "are several", "give one")
         if self.samples > 1 and self.temperature == 0:
             raise ConfigError("--temperature", 0, "makes all samples equal", "raise it, or leave out --samples")
         names = [file.stem for file in self.files]
@@ -80,23 +100,54 @@ class TaskOptions:
         if self.output is not None and self.output.is_dir():
             raise ConfigError("--output", str(self.output), "is a folder", "give the path of the JSONL file to write")
 
+    def check_used(self, tasks: Sequence[Task], *, others: bool) -> None:
+        """Check that --decode is of use to these tasks.
+
+        Raises:
+            ConfigError: if it, or a field of it, is not; `others` are tasks of which nothing is known yet.
+        """
+        if self.spec is None or others:
+            return
+        if not tasks:
+            raise ConfigError(
+                "--decode", self.spec.label, "is only for tasks", "give --task or --tasks, or leave it out"
+            )
+        items = [item for task in tasks for item in task.items.values()]
+        self.spec.check_used(
+            generated=any(isinstance(item, GenerateItem) for item in items),
+            scored=any(isinstance(item, ChoiceItem) for item in items),
+        )
+
+    @property
+    def spec(self) -> DecodingSpec | None:
+        """What --decode says."""
+        return self.decodings[0] if self.decodings else None
+
+    @property
+    def decoding(self) -> Generate:
+        """What answers are generated with."""
+        return Generate(**self.sampling) if self.spec is None else self.spec.decoding()
+
     @property
     def sampling(self) -> dict[str, Any]:
-        """Fields of a generation config."""
+        """Fields of a generation config, without --decode."""
         default = _SAMPLING_TEMPERATURE if self.samples > 1 else 0.0
         temperature = default if self.temperature is None else self.temperature
-        return {"do_sample": True, "temperature": temperature, "top_p": self.top_p} if temperature else {}
+        top_p = 1.0 if self.top_p is None else self.top_p
+        return {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
 
     def identity(self, folder: Path, tokenizer: PreTrainedTokenizerBase, override: Sequence[str]) -> dict[str, Any]:
         """What makes results those of this run: the model's files and all that decides what it answers."""
         files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json"))
+        draws = bool(self.sampling) if self.spec is None else self.spec.temperature > 0
+        how = {"sampling": self.sampling} if self.spec is None else {"decoding": self.spec.to_dict()}
         return {
             "model": str(folder.resolve()),
             "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
             "tokenizer": str(Path(tokenizer.name_or_path).resolve()),
             "override": list(override),
-            "sampling": self.sampling,
-            "seed": self.seed if self.sampling else 0,
+            **how,
+            "seed": self.seed if draws else 0,
             "samples": self.samples,
             "vote": self.vote if self.samples > 1 else "",
         }
@@ -124,7 +175,7 @@ def run_tasks(
                     model,
                     tokenizer,
                     task,
-                    decoding=Generate(**options.sampling),
+                    decoding=options.decoding,
                     samples=options.samples,
                     vote=options.vote,
                     batch_size=batch_size,

@@ -77,6 +77,11 @@ def read_problems(source: ProblemsSource, domain: ProblemDomain) -> Iterator[Doc
         yield Document(problem.text, domain, f"{domain}:{number}", split_by=problem.key)
 
 
+def is_held_out(problem: Problem, validation_fraction: float) -> bool:
+    """Whether runs with this `validation_fraction` hold the problem out."""
+    return is_validation(Document(problem.text, problem.domain, "", split_by=problem.key), validation_fraction)
+
+
 def held_out_problems(
     source: ProblemsSource, validation_fraction: float, count: int, *, domains: Sequence[ProblemDomain] | None = None
 ) -> list[Problem]:
@@ -102,7 +107,7 @@ def held_out_problems(
         problems = generate(source, domain)
         while len(own) < wanted:
             problem = next(problems)
-            if problem.key in own or not is_validation(_document(problem), validation_fraction):
+            if problem.key in own or not is_held_out(problem, validation_fraction):
                 missed += 1
                 if missed > _PATIENCE:
                     raise DataError(
@@ -116,10 +121,6 @@ def held_out_problems(
     # By turns, so that any first part of the list has all domains.
     longest = max(map(len, found), default=0)
     return [own[place] for place in range(longest) for own in found if place < len(own)]
-
-
-def _document(problem: Problem) -> Document:
-    return Document(problem.text, problem.domain, "", split_by=problem.key)
 
 
 def _sum(chance: random.Random, steps: int) -> tuple[list[int], list[str]]:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from moesaic.configuration import Config
 from moesaic.data import PreparedData
 from moesaic.papers.claims import Claim, Measured
+from moesaic.papers.given import Given
 from moesaic.train import RunConfig
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ class Trained:
         data: held-out batches are in it.
         initial: folder of the model that it started from, for forked arms.
         checkpoints: those on disk, by step: the last one, and those of `train.checkpoint_steps`.
+        options: of the measurements, as the size's file has them.
     """
 
     arm: str
@@ -77,6 +80,7 @@ class Trained:
     data: PreparedData
     initial: Path | None = None
     checkpoints: Mapping[int, Path] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,8 @@ class Experiment:
         notes: what a reader must know to read the numbers right.
         panel: draws the second panel of the plot, given matplotlib axes and the measurements by seed; None for none.
         sections: further parts of the page, after the arms.
+        options: what the `measure` section of an arm may say; None for nothing.
+        measure_given: measurements of a model that a user brings, in sizes with a `checkpoint` section.
     """
 
     name: str
@@ -157,6 +163,8 @@ class Experiment:
     notes: tuple[str, ...] = ()
     panel: Callable[[Any, list[Measured]], None] | None = None
     sections: tuple[Section, ...] = ()
+    options: type[Config] | None = None
+    measure_given: Callable[[Given], Mapping[str, Measurement]] | None = None
 
     def __reduce__(self) -> tuple[Callable[[str], Experiment], tuple[str]]:
         """Pickled by module: the functions of claims don't pickle."""

@@ -39,12 +39,18 @@ def render_page(found: Reproduction, machine: str, *, plotted: bool, stem: str) 
     plot = f"![Validation loss over tokens, and what the arms differ in]({stem}.svg)" if plotted else _NO_PLOT
     seconds = sum(result.seconds for arms in found.results.values() for result in arms.values())
     seeds = f"{len(found.seeds)} seed{'s' if len(found.seeds) > 1 else ''} ({', '.join(map(str, found.seeds))})"
+    given = "checkpoint" in _first(found).run
     parts = [
         f"# {experiment.title}",
         f"{experiment.question} Reproduces {experiment.paper}.",
-        f"Size `{found.size}`: {read_size(experiment, found.size)['about']}. {seeds}: each decides initial weights and the "
-        f"order of the data, of all arms alike. The control is `{experiment.control}`. The run is "
-        f"`src/moesaic/papers/{experiment.name}.{found.size}.yaml`"
+        f"Size `{found.size}`: {read_size(experiment, found.size)['about']}. {seeds}: "
+        + (
+            "each decides what is drawn. What is measured is "
+            if given
+            else "each decides initial weights and the order of the data, of all arms alike. "
+            f"The control is `{experiment.control}`. The run is "
+        )
+        + f"`src/moesaic/papers/{experiment.name}.{found.size}.yaml`"
         + (", changed by the command below." if found.overrides else "."),
         f"<!-- no-run: trains for many minutes -->\n```bash\n{command_of(found)}\n```",
         "## Claims",
@@ -53,16 +59,13 @@ def render_page(found: Reproduction, machine: str, *, plotted: bool, stem: str) 
         "*holds* or *does not hold* where a one-sided t-test over seeds says so at 5 %; otherwise this size and number of "
         "seeds do not resolve it.",
         "## Arms",
-        _arms(found),
-        f"Losses are on held-out text, in nats for a token; mean ± standard deviation over seeds. Tokens/s with "
-        f"{found.jobs} arm{'s' if found.jobs > 1 else ''} side by side"
-        f"{', one thread each' if found.jobs > 1 else ''}.",
+        *([_given(found)] if given else [_arms(found), _of_arms(found)]),
         _measurements(found),
         plot,
         *(part for section in experiment.sections for part in _section(section, found, plotted=plotted, stem=stem)),
         *(["## How to read it", "\n".join(f"- {note}" for note in experiment.notes)] if experiment.notes else []),
-        f"All training steps together took {seconds / 60:.1f} minutes of one process. Every number by seed is in "
-        f"[{stem}.csv]({stem}.csv), with curves in [{stem}.json]({stem}.json).",
+        ("" if given else f"All training steps together took {seconds / 60:.1f} minutes of one process. ")
+        + f"Every number by seed is in [{stem}.csv]({stem}.csv), with curves in [{stem}.json]({stem}.json).",
         f"Measured on {machine}.",
     ]
     return "\n\n".join(_wrapped(part) for part in parts if part) + "\n"
@@ -167,6 +170,25 @@ def _arms(found: Reproduction) -> str:
             *(spread(_values(results, measure), 4) for measure in ("loss", *domains)),
         ]
         rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _of_arms(found: Reproduction) -> str:
+    """What the table of arms holds."""
+    return (
+        f"Losses are on held-out text, in nats for a token; mean ± standard deviation over seeds. Tokens/s with "
+        f"{found.jobs} arm{'s' if found.jobs > 1 else ''} side by side{', one thread each' if found.jobs > 1 else ''}."
+    )
+
+
+def _given(found: Reproduction) -> str:
+    """Models that a user brought, in place of the table of arms."""
+    rows = ["| arm | is | stored | active |", "|---|---|---|---|"]
+    for name in found.arms:
+        result = found.results[found.seeds[0]][name]
+        # Its name, not where it lies on somebody's machine.
+        model = str(result.run["checkpoint"]["path"]).rstrip("/").rpartition("/")[2]
+        rows.append(f"| `{name}` | {model} | {short(result.parameters)} | {short(result.active_parameters)} |")
     return "\n".join(rows)
 
 

@@ -20,13 +20,17 @@ def draw(found: Reproduction, path: Path) -> bool:
     Returns:
         Whether it was written; matplotlib (the `plots` extra) may be missing.
     """
-    panels = 1 if found.experiment.panel is None else 2
+    trained = any(result.curve for arms in found.results.values() for result in arms.values())
+    panels = trained + (found.experiment.panel is not None)
+    if not panels:
+        return False
 
     def fill(figure: Any) -> None:
         axes = np.atleast_1d(np.asarray(figure.subplots(1, panels), dtype=object))
-        _curves(axes[0], found)
+        if trained:
+            _curves(axes[0], found)
         if found.experiment.panel is not None:
-            found.experiment.panel(axes[1], found.measured)
+            found.experiment.panel(axes[-1], found.measured)
         for axis in axes:
             axis.grid(alpha=0.3)
 

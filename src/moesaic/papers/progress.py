@@ -51,9 +51,10 @@ class Display:
         self._left.pop(task.label, None)
         made = self._all_steps - sum(self._left.values())
         left = (time.monotonic() - self._begun) / max(made, 1) * sum(self._left.values())
-        loss = result.measurements["loss"]
+        loss = result.measurements.get("loss")
+        trained = "" if loss is None else f": validation loss {loss:.4f}"
         about = f", about {timedelta(seconds=round(left))} left" if self._left else ""
-        self._line(f"{self.done}/{self._total}  {task.label}: validation loss {loss:.4f}{about}")
+        self._line(f"{self.done}/{self._total}  {task.label}{trained}{about}")
 
     def _line(self, text: str) -> None:
         if self._console is not None:
@@ -77,7 +78,7 @@ class LiveDisplay(Display):
         self._bars: dict[str, TaskID] = {}
 
     def started(self, task: Task) -> None:
-        self._bars[task.label] = self._progress.add_task(task.label, total=task.run.train.steps)
+        self._bars[task.label] = self._progress.add_task(task.label, total=task.steps)
 
     def update(self, running: Sequence[Task]) -> None:
         for task in running:
@@ -101,7 +102,7 @@ def display(tasks: Sequence[Task], pending: Sequence[Task], *, enabled: bool, si
         enabled: whether to show anything.
         single: whether arms are trained in this process, with a display of their own.
     """
-    left = {task.label: max(task.run.train.steps - task.steps_made, 1) for task in pending}
+    left = {task.label: max(task.steps - task.steps_made, 1) for task in pending}
     console = Console(stderr=True) if enabled else None
     if console is None or not console.is_terminal or single:
         yield (SingleDisplay if single else Display)(len(tasks), left, console)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 
 from moesaic.errors import ConfigError
-from moesaic.papers import adamoe, deepseekmoe, gates, openmoe, rmoe
+from moesaic.papers import adamoe, deepseekmoe, gates, openmoe, rmoe, scmoe
 from moesaic.papers.experiment import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
-    module.EXPERIMENT.name: module.EXPERIMENT for module in (deepseekmoe, adamoe, rmoe, gates, openmoe)
+    module.EXPERIMENT.name: module.EXPERIMENT for module in (deepseekmoe, adamoe, rmoe, gates, openmoe, scmoe)
 }
 
 

@@ -93,7 +93,7 @@ def reproduce(
         seeds: each decides initial weights and the order of the data, of all arms alike.
         overrides: `a.b=c` for every arm, `arms.NAME.a.b=c` for one.
         jobs: arms to train side by side, in processes of one thread each; 1 trains one after the other in this process
-            with all threads. None for the number of cores, or 1 where there is an accelerator.
+            with all threads. None for the number of cores, or 1 where there is an accelerator or nothing to train.
         remeasure: measure finished arms again, without training them again.
         progress: show progress on stderr.
 
@@ -108,8 +108,8 @@ def reproduce(
     arms = arms_of(experiment, size, overrides)
     tasks = [Task(experiment, arms, name, seed, output) for seed in seeds for name in arms]
     for task in tasks:
-        assert task.run is not None  # every field is checked before any work is done
-    jobs = min(_default_jobs() if jobs is None else jobs, len(tasks))
+        task.check()
+    jobs = min(_default_jobs(tasks) if jobs is None else jobs, len(tasks))
     if jobs < 1:
         raise ConfigError("--jobs", jobs, "is not a number of processes", "choose 1 or more")
     found = Reproduction(experiment, size, tuple(seeds), overrides, output, tuple(arms), jobs)
@@ -124,14 +124,17 @@ def reproduce(
         else:
             found.results.setdefault(task.seed, {})[task.name] = result
     if pending:
-        prepare_data(pending[0].run.data, output / "data", progress=progress)  # once, before processes ask for it
+        if pending[0].arm.checkpoint is None:
+            prepare_data(pending[0].run.data, output / "data", progress=progress)  # once, before processes ask for it
         with display(tasks, pending, enabled=progress, single=jobs == 1) as shown:
             (_one_by_one if jobs == 1 else _side_by_side)(found, pending, shown)
     return found
 
 
-def _default_jobs() -> int:
-    return 1 if torch.accelerator.is_available() else os.cpu_count() or 1
+def _default_jobs(tasks: Sequence[Task]) -> int:
+    """A core an arm; a model that a user brings is large, and takes all of them."""
+    given = any(task.arm.checkpoint is not None for task in tasks)
+    return 1 if given or torch.accelerator.is_available() else os.cpu_count() or 1
 
 
 def _one_by_one(found: Reproduction, pending: list[Task], shown: Display) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.data import PreparedData, prepare_data
-from moesaic.errors import CheckpointError, TrainingError
+from moesaic.errors import CheckpointError, ConfigError, TrainingError
 from moesaic.files import atomic_directory, write_text
-from moesaic.papers.experiment import Experiment, Forking, Trained
+from moesaic.papers.experiment import Experiment, Forking, Measurement, Trained
+from moesaic.papers.given import Given, parameters_of
 from moesaic.papers.sizes import SizedArm
 from moesaic.trace import account
 from moesaic.train import CheckpointStore, RunConfig, TrainResult, load_model, overall, read_metrics, train
@@ -31,7 +32,8 @@ class ArmResult:
     Attributes:
         arm: its name.
         seed: its seed.
-        run: the resolved run, as a dict.
+        run: the resolved run, as a dict; with options of the measurements, they are its `measure`. Of a model that a user
+            brought it has only its `checkpoint`.
         measurements: `loss` over all domains, `loss.DOMAIN`, `tokens_per_second` of training, and what the experiment measures.
         curve: (tokens, validation loss) of each evaluation.
         tokens: trained on.
@@ -100,9 +102,43 @@ class Task:
         return self.folder / f"initial-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     @property
+    def arm(self) -> SizedArm:
+        """The arm at this size."""
+        return self.arms[self.name]
+
+    @property
     def run(self) -> RunConfig:
         """What is trained."""
-        return self.arms[self.name].run(self.seed, self.initial)
+        return self.arm.run(self.seed, self.initial)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides the result, as plain data."""
+        given, measure = self.arm.given, self.arm.measure
+        decides = self.run.to_dict() if given is None else {"checkpoint": given.to_dict()}
+        return {**decides, **({"measure": measure} if measure else {})}
+
+    @property
+    def steps(self) -> int:
+        """Steps to train; 1 where there is nothing to train."""
+        return 1 if self.arm.checkpoint is not None else self.run.train.steps
+
+    def check(self) -> None:
+        """Check every field before any work is done.
+
+        Raises:
+            ConfigError: if one is invalid.
+        """
+        options = self.experiment.options
+        if options is not None:
+            options.from_dict(self.arm.measure, where="measure")
+        elif self.arm.measure:
+            raise ConfigError("measure", self.arm.measure, "are options of another experiment", "leave them out")
+        given = self.arm.given
+        if given is None:
+            assert self.run is not None
+        else:
+            given.check()
 
     @property
     def label(self) -> str:
@@ -142,7 +178,7 @@ def finished_result(task: Task) -> ArmResult | None:
         found = ArmResult(**content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); remove it to measure the arm again") from error
-    return found if found.run == task.run.to_dict() else None
+    return found if found.run == json.loads(json.dumps(task.settings)) else None
 
 
 def perform(task: Task, *, progress: bool = False) -> tuple[ArmResult | None, int | None]:
@@ -154,6 +190,8 @@ def perform(task: Task, *, progress: bool = False) -> tuple[ArmResult | None, in
     Raises:
         The errors of `train`.
     """
+    if task.arm.checkpoint is not None:
+        return _kept(task, _measure_given(task)), None
     if task.initial is not None:
         _fork(task, task.initial)
     run = task.run
@@ -166,9 +204,12 @@ def perform(task: Task, *, progress: bool = False) -> tuple[ArmResult | None, in
             f"{task.folder} was trained for {trained.step} steps, which is more than the {run.train.steps} of this run; "
             f"choose another output folder"
         )
-    result = _measure(task, run, data, trained)
+    return _kept(task, _measure(task, run, data, trained)), None
+
+
+def _kept(task: Task, result: ArmResult) -> ArmResult:
     write_text(task.folder / RESULT_FILE, json.dumps({"format": _FORMAT, **asdict(result)}, indent=1))
-    return result, None
+    return result
 
 
 def _fork(task: Task, initial: Path) -> None:
@@ -204,7 +245,13 @@ def _measure(task: Task, run: RunConfig, data: PreparedData, result: TrainResult
     model = load_model(result.checkpoint).to(select_device(run.train.device)).eval()  # pyright: ignore[reportArgumentType]
     saved = CheckpointStore(task.folder / CHECKPOINTS, keep=1).all()
     trained = Trained(
-        task.name, run, model, data, task.initial, {int(path.name.removeprefix("step-")): path for path in saved}
+        task.name,
+        run,
+        model,
+        data,
+        task.initial,
+        {int(path.name.removeprefix("step-")): path for path in saved},
+        task.arm.measure,
     )
     losses = {f"loss.{domain}": found.loss for domain, found in result.validation.items()}
     counted = account(model)
@@ -217,17 +264,47 @@ def _measure(task: Task, run: RunConfig, data: PreparedData, result: TrainResult
         "loss": overall(result.validation).loss,
         **losses,
         "tokens_per_second": result.tokens / seconds,
-        **{name: value for name, value in measured.items() if isinstance(value, float | int)},
+        **_numbers(measured),
     }
     return ArmResult(
         arm=task.name,
         seed=task.seed,
-        run=run.to_dict(),
+        run=task.settings,
         measurements=measurements,
         curve=[(round(line["step"] * tokens_of_step), line["loss"]) for line in lines if line["type"] == "evaluation"],
         tokens=result.tokens,
         seconds=seconds,
         parameters=counted.total,
         active_parameters=counted.active,
-        series={name: list(value) for name, value in measured.items() if not isinstance(value, float | int)},
+        series=_lists(measured),
     )
+
+
+def _measure_given(task: Task) -> ArmResult:
+    """The result of a model that a user brought."""
+    given, measure = task.arm.given, task.experiment.measure_given
+    assert given is not None, "the arm has a checkpoint"
+    assert measure is not None, "Task.check sees to it"
+    model, tokenizer = given.load()
+    measured = measure(Given(task.name, task.seed, model, tokenizer, task.arm.measure))
+    total, active = parameters_of(model)
+    return ArmResult(
+        arm=task.name,
+        seed=task.seed,
+        run=task.settings,
+        measurements=_numbers(measured),
+        curve=[],
+        tokens=0,
+        seconds=0.0,
+        parameters=total,
+        active_parameters=active,
+        series=_lists(measured),
+    )
+
+
+def _numbers(measured: Mapping[str, Measurement]) -> dict[str, float]:
+    return {name: value for name, value in measured.items() if isinstance(value, float | int)}
+
+
+def _lists(measured: Mapping[str, Measurement]) -> dict[str, list[float]]:
+    return {name: list(value) for name, value in measured.items() if not isinstance(value, float | int)}

@@ -5,12 +5,14 @@ run:   {backbone: ..., moe: ..., data: ..., train: ...}      as for `moesaic tra
 arms:
   NAME: {moe: {...}, train: {...}}                           merged into it; null removes a section
   NAME: {fork: {...}, train: {...}}                          starts from its parent's checkpoint
+  NAME: {measure: {...}}                                     options of the experiment's measurements
+  NAME: {checkpoint: {path: ...}}                            a model that a user brings, with nothing to train
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -21,6 +23,7 @@ import yaml
 from moesaic.configuration import apply_overrides
 from moesaic.errors import ConfigError
 from moesaic.papers.experiment import Experiment
+from moesaic.papers.given import GivenModel
 from moesaic.train import RunConfig
 
 
@@ -32,11 +35,24 @@ class SizedArm:
         name: of the arm.
         values: its run as a plain dict; that of a forked arm has no `backbone` and `moe`.
         fork: what its fork is told.
+        measure: options of its measurements.
+        checkpoint: the model that a user brings, in place of a run; None for an arm that is trained.
     """
 
     name: str
     values: dict[str, Any]
     fork: dict[str, Any]
+    measure: dict[str, Any] = field(default_factory=dict)
+    checkpoint: dict[str, Any] | None = None
+
+    @property
+    def given(self) -> GivenModel | None:
+        """The model that a user brings; None for an arm that is trained.
+
+        Raises:
+            ConfigError: if a field is invalid.
+        """
+        return None if self.checkpoint is None else GivenModel.from_dict(self.checkpoint, where="checkpoint")
 
     def run(self, seed: int, initial: Path | None = None) -> RunConfig:
         """The run of one seed, which decides initial weights and the order of the data.
@@ -91,7 +107,7 @@ def arms_of(experiment: Experiment, size: str, overrides: Iterable[str] = ()) ->
         experiment: which.
         size: which of its sizes.
         overrides: `a.b=c`: a field of the run of every arm; `arms.NAME.a.b=c`: of one arm,
-            with `arms.NAME.fork.a=c` for its fork. Overrides of `moe` and
+            with `arms.NAME.fork.a=c` for its fork. `measure.a=c` and `checkpoint.a=c` set those sections. Overrides of `moe` and
             `backbone` leave arms that lack the section as they are.
 
     Raises:
@@ -108,10 +124,16 @@ def arms_of(experiment: Experiment, size: str, overrides: Iterable[str] = ()) ->
         if arm.parent is not None:
             values.pop("backbone", None)
             values.pop("moe", None)
+        trains = "checkpoint" not in values
         applying = [override for override in common if _applies(override, values)]
         values = apply_overrides(values, [*applying, *own.get(name, ())])
         fork = values.pop("fork", None) or {} if arm.parent is not None else {}
-        arms[name] = SizedArm(name, values, fork)
+        measure, checkpoint = values.pop("measure", None) or {}, values.pop("checkpoint", None)
+        if checkpoint is not None and trains:
+            raise ConfigError("checkpoint", checkpoint, f"does not go with size {size}, which trains", "leave it out")
+        if checkpoint is not None and (left := sorted(values)):
+            raise ConfigError("--set", left[0], "is part of a run, and this size trains nothing", "leave it out")
+        arms[name] = SizedArm(name, values, fork, measure, checkpoint)
     return arms
 
 

@@ -18,12 +18,15 @@ from moesaic.train.quiet import without_progress_bars
 _FILES = ["*.json", "*.safetensors"]
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype | Literal["auto"] = torch.float32) -> PreTrainedModel:
+def load_model(
+    path: str | Path, *, dtype: torch.dtype | Literal["auto"] = torch.float32, device_map: str | None = None
+) -> PreTrainedModel:
     """Load a causal language model: a moesaic checkpoint, or any other folder or hub name.
 
     Args:
         path: folder or hub name.
         dtype: dtype of the weights; "auto" keeps that of the checkpoint.
+        device_map: where layers go, as transformers takes it (needs accelerate); None for the CPU.
 
     Raises:
         CheckpointError: if a file is missing or damaged, or tensors do not fit the config.
@@ -36,7 +39,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | Literal["auto"] = torch
         with without_progress_bars():
             # Mismatches are refused below, with names; transformers' own error only points at its log.
             loaded = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+                path, dtype=dtype, device_map=device_map, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except RuntimeError as error:
         raise CheckpointError(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,14 +29,31 @@ class Continuation:
     start: int
 
 
+class Logits(Protocol):
+    """Says next-token logits (B, S, V) of a forward pass' inputs; of the last places only where these ask for that."""
+
+    def __call__(self, model: PreTrainedModel, inputs: Mapping[str, Any], /) -> Tensor: ...
+
+
+def own_logits(model: PreTrainedModel, inputs: Mapping[str, Any], /) -> Tensor:
+    """The model's own."""
+    return model(**inputs).logits
+
+
 @torch.no_grad()
 def log_likelihoods(
-    model: PreTrainedModel, rows: Sequence[Continuation], *, batch_size: int = 8
+    model: PreTrainedModel, rows: Sequence[Continuation], *, batch_size: int = 8, logits: Logits = own_logits
 ) -> list[tuple[float, ...]]:
     """The log-probability of every scored token given all tokens before it, in nats; float32 sums.
 
     Rows are batched by length, padded on the right, where causal models don't look; results come in the order given
     and equal those of one row at a time up to rounding.
+
+    Args:
+        model: any causal language model.
+        rows: tokens to score.
+        batch_size: rows in a batch.
+        logits: says the distributions; `DecodingSpec.logits` those of a decoding.
 
     Raises:
         ConfigError: if a row has nothing before the scored tokens, or more tokens than the model has positions.
@@ -54,7 +72,7 @@ def log_likelihoods(
     try:
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
-            scores.update(zip(batch, _score(model, [rows[index] for index in batch]), strict=True))
+            scores.update(zip(batch, _score(model, [rows[index] for index in batch], logits), strict=True))
     finally:
         model.train(training)
     return [scores[index] for index in range(len(rows))]
@@ -74,14 +92,15 @@ def mean_log_probability(model: PreTrainedModel, *, batch_size: int = 8) -> Call
     return score
 
 
-def _score(model: PreTrainedModel, rows: list[Continuation]) -> list[tuple[float, ...]]:
+def _score(model: PreTrainedModel, rows: list[Continuation], logits: Logits) -> list[tuple[float, ...]]:
     length = max(len(row.ids) for row in rows)
     ids_BS = torch.tensor([[*row.ids, *[0] * (length - len(row.ids))] for row in rows], device=model.device)
     mask_BS = torch.tensor([[1] * len(row.ids) + [0] * (length - len(row.ids)) for row in rows], device=model.device)
     first = min(row.start for row in rows) - 1  # logits before it are of no use
     keeps = "logits_to_keep" in signature(model.forward).parameters
     keep = {"logits_to_keep": length - first} if keeps else {}
-    logits_BSV: Tensor = model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False, **keep).logits
+    inputs = {"input_ids": ids_BS, "attention_mask": mask_BS, "use_cache": False, **keep}
+    logits_BSV = logits(model, inputs)
     skipped = length - logits_BSV.shape[1]
     scores = []
     for row, logits_SV, ids_S in zip(rows, logits_BSV, ids_BS, strict=True):

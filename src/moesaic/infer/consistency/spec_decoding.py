@@ -14,6 +14,8 @@ from moesaic.infer.decode import DecodingSpec
 class SpecDecoding(Generate):
     """`Generate` by a spec: its strategy, its sampling and, around each batch, its routing.
 
+    Multiple choice is scored by the same spec: see `DecodingSpec.logits`.
+
     Args:
         spec: says the decoding.
         options: further fields of `GenerationConfig`.

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from moesaic.infer.decode.cost import Work, pass_bytes
 from moesaic.infer.decode.counting import count_work
-from moesaic.infer.decode.decodings import DecodingLike, DecodingSpec, DecodingStrategy, SelfContrast, SelfContrastRows
+from moesaic.infer.decode.decodings import (
+    ContrastiveDecoding,
+    DecodingLike,
+    DecodingSpec,
+    DecodingStrategy,
+    EarlyExitContrast,
+    SelfContrast,
+    SelfContrastRows,
+)
 from moesaic.infer.decode.fast import FastDecoding, fast_decoding
 from moesaic.infer.decode.overrides import OverrideLike, OverrideSpec, ReplayedTrace, check_override, override_routing
 from moesaic.infer.decode.positions import Positions, count_positions
 
 __all__ = [
+    "ContrastiveDecoding",
     "DecodingLike",
     "DecodingSpec",
     "DecodingStrategy",
+    "EarlyExitContrast",
     "FastDecoding",
     "OverrideLike",
     "OverrideSpec",

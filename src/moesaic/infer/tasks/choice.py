@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moesaic.infer.consistency.likelihood import Continuation, log_likelihoods
+from moesaic.infer.consistency.likelihood import Continuation, Logits, log_likelihoods, own_logits
 from moesaic.infer.consistency.sample import encode
 from moesaic.infer.tasks.schema import ChoiceItem
 
@@ -20,9 +20,14 @@ class _Candidates:
 
 
 def answer_choices(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[ChoiceItem], *, batch_size: int = 8
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[ChoiceItem],
+    *,
+    batch_size: int = 8,
+    logits: Logits = own_logits,
 ) -> list[dict[str, Any]]:
-    """What the model makes of each item.
+    """What the model makes of each item, by the distributions that `logits` says.
 
     Returns:
         For each item `correct`, `predicted` and `right` (numbers of choices; of equal ones the first is predicted),
@@ -30,7 +35,7 @@ def answer_choices(
     """
     candidates = [_Candidates(tokenised(tokenizer, item), item) for item in items]
     flat = [row for found in candidates for row in found.rows]
-    scores = iter(log_likelihoods(model, flat, batch_size=batch_size))
+    scores = iter(log_likelihoods(model, flat, batch_size=batch_size, logits=logits))
     return [_answered(found, [sum(next(scores)) for _ in found.rows]) for found in candidates]
 
 

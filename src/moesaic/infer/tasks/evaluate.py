@@ -12,8 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic.errors import ConfigError, DataError
 from moesaic.infer.consistency.decoding import Decoding, Generate
+from moesaic.infer.consistency.likelihood import own_logits
 from moesaic.infer.consistency.sample import Sampler, Usage
 from moesaic.infer.consistency.self_consistency import check_samples
+from moesaic.infer.consistency.spec_decoding import SpecDecoding
 from moesaic.infer.tasks.choice import answer_choices
 from moesaic.infer.tasks.generated import VoteRule, answer_texts
 from moesaic.infer.tasks.load import Task
@@ -91,7 +93,8 @@ def evaluate_task(
         model: ours, or one of transformers.
         tokenizer: its own.
         task: from `load_task`.
-        decoding: how texts are generated; None for greedily. Multiple choice is not generated.
+        decoding: how texts are generated; None for greedily. Multiple choice is not generated: choices are scored by the
+            model, or by the decoding's spec where it has one (`DecodingSpec.decoding`).
         samples: of each generated item.
         vote: how samples make an answer.
         batch_size: rows in a batch.
@@ -149,7 +152,8 @@ class _Answering:
         """Answers to items of one group."""
         choices = [item for item in items if isinstance(item, ChoiceItem)]
         if choices:
-            return answer_choices(self.model, self.tokenizer, choices, batch_size=self.batch_size)
+            logits = self.decoding.spec.logits if isinstance(self.decoding, SpecDecoding) else own_logits
+            return answer_choices(self.model, self.tokenizer, choices, batch_size=self.batch_size, logits=logits)
         texts = [item for item in items if isinstance(item, GenerateItem)]
         sampler = Sampler(
             self.model,

@@ -85,6 +85,10 @@ def compare(run: Mapping[str, bool], baseline: Mapping[str, bool]) -> Paired:
     items, changed = len(run), gained + lost
     difference = (gained - lost) / items
     spread = NormalDist().inv_cdf(0.975) * math.sqrt(max(changed - (gained - lost) ** 2 / items, 0.0)) / items
-    tail = sum(math.comb(changed, count) for count in range(min(gained, lost) + 1))
-    p_value = min(1.0, 2 * tail / 2**changed)
-    return Paired(items, gained, lost, difference, difference - spread, difference + spread, p_value)
+    return Paired(items, gained, lost, difference, difference - spread, difference + spread, mcnemar(gained, lost))
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """P-value of McNemar's exact test, two-sided: 1 where nothing changed."""
+    tail = sum(math.comb(gained + lost, count) for count in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2 ** (gained + lost))

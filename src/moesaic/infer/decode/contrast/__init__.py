@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from moesaic.infer.decode.contrast.early_exit import Divergence, EarlyExit, distance
 from moesaic.infer.decode.contrast.passes import Passes
 from moesaic.infer.decode.contrast.processor import ContrastProcessor, EndedRows, EosBan, Strength, with_contrast
-from moesaic.infer.decode.contrast.scores import contrast, plausible
+from moesaic.infer.decode.contrast.scores import contrast, difference, plausible
+from moesaic.infer.decode.contrast.two_models import TwoModels
 from moesaic.infer.decode.contrast.two_passes import TwoPasses
 from moesaic.infer.decode.contrast.two_rows import TwoRows
 
 __all__ = [
     "ContrastProcessor",
+    "Divergence",
+    "EarlyExit",
     "EndedRows",
     "EosBan",
     "Passes",
     "Strength",
+    "TwoModels",
     "TwoPasses",
     "TwoRows",
     "contrast",
+    "difference",
+    "distance",
     "plausible",
     "with_contrast",
 ]

@@ -12,13 +12,14 @@ from transformers import (
     LogitNormalization,
     LogitsProcessor,
     LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
     WatermarkLogitsProcessor,
 )
 
 from moesaic.errors import ConfigError
 from moesaic.infer.decode.contrast.passes import Passes
-from moesaic.infer.decode.contrast.scores import contrast
+from moesaic.infer.decode.contrast.scores import contrast, difference
 from moesaic.infer.decode.row_sampler import RowSampler
 
 EosBan = Literal["before_mask", "official"]
@@ -29,13 +30,13 @@ class Strength:
     """How a row's passes are set against each other.
 
     Attributes:
-        alpha, beta: see `scores.contrast`.
+        alpha, beta: see `scores.contrast`; no beta is `scores.difference`.
         strong_temperature, weak_temperature: logits are divided by these before anything else.
         eos_ban: whether, and in which order, end-of-sequence tokens are ruled out.
     """
 
     alpha: float
-    beta: float
+    beta: float | None
     strong_temperature: float = 1.0
     weak_temperature: float = 1.0
     eos_ban: EosBan | None = None
@@ -110,12 +111,10 @@ class ContrastProcessor(LogitsProcessor):
     def _contrasted(self, strength: Strength, strong_GV: Tensor, weak_GV: Tensor) -> Tensor:
         if strength.eos_ban == "before_mask":
             strong_GV[:, self._eos] = -torch.inf
-        return contrast(
-            strong_GV / strength.strong_temperature,
-            weak_GV.float() / strength.weak_temperature,
-            alpha=strength.alpha,
-            beta=strength.beta,
-        )
+        strong_GV, weak_GV = strong_GV / strength.strong_temperature, weak_GV.float() / strength.weak_temperature
+        if strength.beta is None:
+            return difference(strong_GV, weak_GV, alpha=strength.alpha)
+        return contrast(strong_GV, weak_GV, alpha=strength.alpha, beta=strength.beta)
 
     def _ban_last(self, found_GV: Tensor, row_G: Tensor) -> None:
         """Rule the end of sequences out of what is plausible."""
@@ -139,11 +138,22 @@ class ContrastProcessor(LogitsProcessor):
 _FINAL = (RowSampler, LogitNormalization, WatermarkLogitsProcessor)
 
 
-def with_contrast(processors: LogitsProcessorList, contrasting: LogitsProcessor) -> LogitsProcessorList:
+def with_contrast(
+    processors: LogitsProcessorList, contrasting: LogitsProcessor, *, penalise_contrast: bool = False
+) -> LogitsProcessorList:
     """All processors in their order: those that rule tokens out or penalise them act on the strong logits, as `generate`
-    has it for processors of its callers, and temperature, top-k, top-p and the like on the contrast."""
+    has it for processors of its callers, and temperature, top-k, top-p and the like on the contrast.
+
+    Args:
+        processors: as `generate` made them.
+        contrasting: turns strong logits into contrasted ones.
+        penalise_contrast: the penalty for repetition acts on the contrast too.
+    """
+    late = [penalise_contrast and isinstance(processor, RepetitionPenaltyLogitsProcessor) for processor in processors]
     first = next((place for place, processor in enumerate(processors) if _final(processor)), len(processors))
-    return LogitsProcessorList([*processors[:first], contrasting, *processors[first:]])
+    before = [processor for processor, is_late in zip(processors[:first], late, strict=False) if not is_late]
+    between = [processor for processor, is_late in zip(processors[:first], late, strict=False) if is_late]
+    return LogitsProcessorList([*before, contrasting, *between, *processors[first:]])
 
 
 def _final(processor: LogitsProcessor) -> bool:

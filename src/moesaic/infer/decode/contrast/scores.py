@@ -38,3 +38,15 @@ def contrast(strong_BV: Tensor, weak_BV: Tensor, *, alpha: float, beta: float) -
     kept_BV = strong_BV > -torch.inf if alpha == 0 else plausible(strong_BV, alpha)
     # With the mask last, infinities are never subtracted from each other.
     return torch.where(kept_BV, strong_BV + beta * (strong_BV - weak_BV), -torch.inf)
+
+
+def difference(strong_BV: Tensor, weak_BV: Tensor, *, alpha: float) -> Tensor:
+    """log p_strong - log p_weak for plausible tokens, -inf for others, in float32: the contrast of 2210.15097 (section 3)
+    and of DoLa (arXiv 2309.03883, section 2.3), towards which that of `contrast` goes as beta grows.
+
+    Args:
+        strong_BV, weak_BV, alpha: see `contrast`.
+    """
+    strong_BV, weak_BV = strong_BV.float(), weak_BV.float()
+    kept_BV = strong_BV > -torch.inf if alpha == 0 else plausible(strong_BV, alpha)
+    return torch.where(kept_BV, strong_BV.log_softmax(-1) - weak_BV.log_softmax(-1), -torch.inf)

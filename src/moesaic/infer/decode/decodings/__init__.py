@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from moesaic.infer.decode.decodings.base import DecodingStrategy
+from moesaic.infer.decode.decodings.contrastive import ContrastiveDecoding
+from moesaic.infer.decode.decodings.early_exit import EarlyExitContrast
 from moesaic.infer.decode.decodings.self_contrast import SelfContrast, SelfContrastRows
 from moesaic.infer.decode.decodings.spec import DecodingLike, DecodingSpec
 
-__all__ = ["DecodingLike", "DecodingSpec", "DecodingStrategy", "SelfContrast", "SelfContrastRows"]
+__all__ = [
+    "ContrastiveDecoding",
+    "DecodingLike",
+    "DecodingSpec",
+    "DecodingStrategy",
+    "EarlyExitContrast",
+    "SelfContrast",
+    "SelfContrastRows",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 from pydantic import model_validator
@@ -35,6 +35,8 @@ class DecodingStrategy(Config, ABC):
     """Whether a temperature means something. It is then drawn from the scores by transformers' loop."""
     searches: ClassVar[bool] = True
     """Whether several beams do."""
+    unscored: ClassVar[Sequence[str]] = ()
+    """Fields that `logits` has no use for."""
 
     @model_validator(mode="before")
     @classmethod
@@ -60,6 +62,28 @@ class DecodingStrategy(Config, ABC):
         **model_kwargs: Any,
     ) -> Any:
         """Continue prompts; arguments and result are those of transformers' loops."""
+
+    def logits(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+        """Next-token logits by this decoding at every place of given texts, whose softmax scores choices.
+
+        No token is left out as implausible, so that every text has a likelihood.
+
+        Args:
+            model: as for `generate`.
+            inputs: of a forward pass without a cache.
+
+        Returns:
+            (B, S, V); of the last places only where `inputs` ask for that.
+
+        Raises:
+            ConfigError: if the decoding does not say likelihoods.
+        """
+        raise ConfigError(
+            "decode",
+            str(getattr(self, "type", type(self).__name__)),
+            "does not score given texts",
+            "generate answers with it",
+        )
 
     def generate(self, model: PreTrainedModel, inputs: Tensor | None = None, **given: Any) -> Any:
         """`model.generate` with this decoding, and with a streamer and stop strings where they are given.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -19,6 +19,7 @@ from moesaic.infer.decode.contrast import (
     Strength,
     TwoPasses,
     TwoRows,
+    contrast,
     with_contrast,
 )
 from moesaic.infer.decode.decodings.base import DecodingStrategy
@@ -55,6 +56,7 @@ class SelfContrast(DecodingStrategy):
     """
 
     presets: ClassVar = {"reasoning": {"beta": 0.5}, "code": {"beta": 0.1}}
+    unscored: ClassVar = ("alpha", "eos_ban")
 
     type: Literal["self_contrast"] = "self_contrast"
     weak: OverrideSpec = Field(default_factory=lambda: OverrideSpec.of("rank=2"))
@@ -75,6 +77,23 @@ class SelfContrast(DecodingStrategy):
     def strength(self) -> Strength:
         """The settings of the contrast."""
         return Strength(self.alpha, self.beta, self.strong_temperature, self.weak_temperature, self.eos_ban)
+
+    def logits(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+        """See `DecodingStrategy`: (1 + beta) strong - beta weak, after the temperatures of both, without the mask of `alpha`.
+
+        The passes run one after the other, whatever the plan.
+
+        Raises:
+            MoesaicError: as in decoding.
+        """
+        switch = RoutingSwitch(model)
+        strong, weak = switch.prepare(self.strong), switch.prepare(self.weak)
+        with switch.entered():
+            with switch.acting(strong):
+                strong_BSV = model(**inputs).logits
+            with switch.acting(weak):
+                weak_BSV = model(**inputs).logits
+        return contrast(strong_BSV / self.strong_temperature, weak_BSV / self.weak_temperature, alpha=0, beta=self.beta)
 
     def __call__(
         self,

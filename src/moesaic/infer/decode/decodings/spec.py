@@ -26,6 +26,8 @@ STRATEGIES: dict[str, type[DecodingStrategy]] = {text_name(kind): kind for kind 
 # What generation configs of models may say about sampling, at values that do nothing.
 _OFF: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0, "eta_cutoff": 0}
 
+_DRAWING = ("temperature", "top_p", "top_k", "min_p", "num_beams")
+
 
 class DecodingSpec(Config):
     """How a model decodes.
@@ -125,16 +127,18 @@ class DecodingSpec(Config):
         Raises:
             ConfigError: for an override that no text says: settings of a replayed trace, or one in memory.
         """
-        fields: dict[str, Any] = {}
-        for name in ("temperature", "top_p", "top_k", "min_p", "num_beams"):
-            value = getattr(self, name)
-            if value != type(self).model_fields[name].default:
-                fields[name] = value
+        fields = self._drawing
         if self.override.parts:
             fields["override"] = self.override
         if self.strategy is not None:
             return text_of(text_name(type(self.strategy)), {**own_values(self.strategy), **fields})
         return text_of("beam" if self.num_beams > 1 else "sample" if self.temperature else "greedy", fields)
+
+    @property
+    def _drawing(self) -> dict[str, Any]:
+        """What is said of how tokens are drawn."""
+        given = {name: getattr(self, name) for name in _DRAWING}
+        return {name: value for name, value in given.items() if value != type(self).model_fields[name].default}
 
     @property
     def label(self) -> str:
@@ -161,6 +165,40 @@ class DecodingSpec(Config):
         """
         with override_routing(model, self.override) if self.override.parts else contextlib.nullcontext():
             yield
+
+    def logits(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+        """Next-token logits at every place of given texts, for likelihoods of choices: those of the strategy, or the model's own,
+        with the routing here. Temperatures and beams are for generating.
+
+        Args:
+            model: as for `generate`.
+            inputs: of a forward pass without a cache.
+
+        Raises:
+            ConfigError: if the strategy does not say likelihoods.
+            MoesaicError: as for `generate`.
+        """
+        with self.routing(model):
+            return model(**inputs).logits if self.strategy is None else self.strategy.logits(model, inputs)
+
+    def check_used(self, *, generated: bool, scored: bool) -> None:
+        """Check that every field is of use.
+
+        Args:
+            generated: whether texts are generated.
+            scored: whether likelihoods of choices are asked for.
+
+        Raises:
+            ConfigError: for the first that would be read by nothing.
+        """
+        if generated or not scored:
+            return
+        strategy = {} if self.strategy is None else own_values(self.strategy)
+        unscored = () if self.strategy is None else self.strategy.unscored
+        for name, value in {**self._drawing, **{name: strategy[name] for name in unscored if name in strategy}}.items():
+            raise ConfigError(
+                f"{FIELD}.{name}", value, "is for generated answers, and all are multiple choice", "leave it out"
+            )
 
     def generate(self, model: PreTrainedModel, inputs: Tensor | None = None, **given: Any) -> Any:
         """`model.generate` with this decoding.
