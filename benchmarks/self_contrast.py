@@ -197,6 +197,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path("runs/self-contrast"), help="folder of the numbers")
+    parser.add_argument("--note", default="", help="a sentence about the circumstances, for the page")
     parser.add_argument("--write", action="store_true", help="write the page of all numbers in --output")
     options = parser.parse_args()
     for name in options.model:
@@ -211,7 +212,8 @@ def main() -> None:
             del model
             gc.collect()
     if options.write:
-        write_text(PAGE, render(list(cells_in(options.output))))
+        # Of all that is in --output, so that a long measurement can be made in parts.
+        write_text(PAGE, render(list(cells_in(options.output)), options.note))
 
 
 def cells_in(folder: Path) -> Iterator[tuple[Cell, str]]:
@@ -225,13 +227,13 @@ def cells_in(folder: Path) -> Iterator[tuple[Cell, str]]:
 
 HEAD = """# What self-contrast costs
 
-[Self-contrast](../self-contrast.md) runs each token twice: with the model's own routing, and with a weak one, here the
+Self-contrast (`moesaic.SelfContrast`) runs each token twice: with the model's own routing, and with a weak one, here the
 second expert alone. Its two-row plan runs both as rows of one batch and reads what they share once; its two-pass plan runs one
 after the other. Both and greedy decoding are timed under [`fast_decoding`](../decoding-speed.md), as `generate` runs them, with
 transformers' loop and the contrast of the logits in float32.
 
-Models have 8 layers of width 1,024, 16 heads of 64 and 4 of keys and values, and a vocabulary of 8,192, with random weights;
-prompts of 16 tokens. Times are medians over tokens and rounds, in which the three take turns; ratios are medians of those
+Models have 8 layers of width 1,024, 16 heads of 64 and 4 of keys and values, and a vocabulary of 8,192, with random weights
+of standard deviation 0.1, with which strong and weak rows part; prompts of 16 tokens. Times are medians over tokens and rounds, in which the three take turns; ratios are medians of those
 of the rounds.
 
 <!-- no-run: takes minutes -->
@@ -243,18 +245,18 @@ python benchmarks/self_contrast.py --model ours qwen3_moe mixtral --write
 are those of all weights but the embedding, with each expert that some row picked counted once a pass; which those
 are is counted from the routing of the same tokens. The floor of a plan is its bytes over those of greedy decoding where memory
 sets both. Keys and values, activations and Python are not in it.
-
 """
 
 
-def render(found: list[tuple[Cell, str]]) -> str:
+def render(found: list[tuple[Cell, str]], note: str) -> str:
+    """The page."""
     parts = [HEAD]
     for name, title in MODELS.items():
         cells = [cell for cell, _ in found if cell.model == name]
         if cells:
             parts += [f"## {title}", "", *HEADER, *rows_of(sorted(cells, key=_order)), ""]
     machines = sorted({machine for _, machine in found})
-    return "\n".join([*parts, *(f"Measured on {machine}." for machine in machines), ""])
+    return "\n".join([*parts, *(f"Measured on {machine}." for machine in machines), *filter(None, [note]), ""])
 
 
 def _order(cell: Cell) -> tuple[int, str, int]:
