@@ -24,7 +24,7 @@ from moesaic.hf.families import family_of
 from moesaic.hf.forward import forward_context, num_tokens, positions_after, sequence_weights
 from moesaic.hf.limits import check_needs, check_pipeline, check_vocabulary
 from moesaic.hf.output import MoeCausalLMOutput, MoeModelOutput
-from moesaic.hf.threads import Entered, for_this_thread
+from moesaic.hf.threads import Entered, entered_now, for_this_thread
 from moesaic.layer import MoEBlock, OverrideFactory, Router, RoutingContext, override_of
 from moesaic.layer.balance import BalanceObjective, Coefficients
 
@@ -142,7 +142,7 @@ class MoesaicModel(MoesaicPreTrainedModel):
             factory: makes the override of one forward pass.
             own_thread: change forward passes of this thread alone.
         """
-        entered = Entered(factory, own_thread)
+        entered = entered_now(factory, self._overrides, own_thread=own_thread)
         self._overrides = [*self._overrides, entered]
         try:
             yield

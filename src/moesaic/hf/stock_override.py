@@ -19,7 +19,7 @@ from moesaic.errors import UnsupportedOverride
 from moesaic.hf.forward import num_tokens
 from moesaic.hf.stock_listener import Hearing, StockListener, listeners_last, named_arguments
 from moesaic.hf.stock_routing import StockRouter
-from moesaic.hf.threads import Entered, for_this_thread
+from moesaic.hf.threads import Entered, entered_now, for_this_thread
 from moesaic.layer import OverrideFactory, Router, RoutingContext, override_of
 
 
@@ -148,7 +148,7 @@ class _Overriding:
     def __init__(self, listener: StockListener, factory: OverrideFactory, *, own_thread: bool) -> None:
         self._factory, self._hearing = factory, listener.hearing(lambda context: None)
         self._name = f"routing_override_{id(self)}"
-        self._entered, self._here = Entered(self, own_thread), _Here()
+        self._entered, self._here = entered_now(self, _entered(listener.decoder), own_thread=own_thread), _Here()
         self._live: set[int] = set()
         self._numbers, self._closed = itertools.count(), False
         self._decoder = listener.decoder
@@ -197,9 +197,7 @@ class _Overriding:
                 handle.remove()
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        active = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
-        entered = [other._entered for other in active if isinstance(other, _Overriding)]
-        if self not in for_this_thread(entered):
+        if self not in for_this_thread(_entered(module)):
             return None
         self._hearing.before_decoder(module, args, kwargs)
         context = self._hearing.open
@@ -226,6 +224,13 @@ class _Overriding:
     def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._hearing.open = None
         self._here.layers.clear()
+
+
+def _entered(decoder: nn.Module) -> list[Entered[_Overriding]]:
+    """What overrides a model now, in the order in which it was entered."""
+    active = [getattr(hook, "__self__", None) for hook in decoder._forward_pre_hooks.values()]
+    # The hook of a later one stands before those of earlier ones.
+    return [other._entered for other in reversed(active) if isinstance(other, _Overriding)]
 
 
 def _decoder_layer(decoder: nn.Module, router: StockRouter) -> tuple[nn.ModuleList, nn.Module]:

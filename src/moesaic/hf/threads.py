@@ -12,7 +12,7 @@ from moesaic.errors import UnsupportedOverride
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entered(Generic[T]):
     """An override that is in force.
 
@@ -20,11 +20,26 @@ class Entered(Generic[T]):
         override: itself.
         own_thread: whether no other thread may follow it.
         thread: who entered it.
+        around: of another thread, which it acts inside of: what the thread would follow without it.
     """
 
     override: T
     own_thread: bool = False
     thread: int = field(default_factory=threading.get_ident)
+    around: tuple[Entered[T], ...] = ()
+
+
+def entered_now(override: T, entered: Sequence[Entered[T]], *, own_thread: bool = False) -> Entered[T]:
+    """An override of the present thread, after others.
+
+    One for this thread alone is a decoder's, which acts inside of whatever the thread's forward passes follow.
+
+    Raises:
+        UnsupportedOverride: see `for_this_thread`.
+    """
+    here = threading.get_ident()
+    inside = own_thread and all(each.thread != here for each in entered)
+    return Entered(override, own_thread, here, tuple(_followed(entered)) if inside else ())
 
 
 def for_this_thread(entered: Sequence[Entered[T]]) -> list[T]:
@@ -36,14 +51,19 @@ def for_this_thread(entered: Sequence[Entered[T]]) -> list[T]:
     Raises:
         UnsupportedOverride: if it has none, and several others have.
     """
+    return [each.override for each in _followed(entered)]
+
+
+def _followed(entered: Sequence[Entered[T]]) -> list[Entered[T]]:
     here = threading.get_ident()
-    own = [each.override for each in entered if each.thread == here]
+    own = [each for each in entered if each.thread == here]
+    if own:
+        around = own[0].around
+        return [each for each in entered if each.thread == here or any(each is other for other in around)]
     others = [each for each in entered if not each.own_thread]
-    if own or not others:
-        return own
     if len({each.thread for each in others}) > 1:
         raise UnsupportedOverride(
             "several threads override the routing of this model, and the one that now runs it does not: it can't tell whose "
             "override it is to follow; enter the override in the thread that runs the model (an empty one for none)"
         )
-    return [each.override for each in others]
+    return others

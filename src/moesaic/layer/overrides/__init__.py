@@ -13,7 +13,7 @@ from moesaic.layer.overrides.experts import FixedExperts
 from moesaic.layer.overrides.null_below import NullBelow
 from moesaic.layer.overrides.random import RandomExperts
 from moesaic.layer.overrides.rank import Rank
-from moesaic.layer.overrides.rows import RowOverrides
+from moesaic.layer.overrides.rows import RowOverrides, SourceRows, from_rows
 from moesaic.layer.overrides.top_k import TopK
 from moesaic.layer.overrides.weights import ScaledWeights, TemperedWeights, TotalWeights
 from moesaic.layer.overrides.without import WithoutExperts
@@ -30,10 +30,12 @@ __all__ = [
     "Rank",
     "RowOverrides",
     "ScaledWeights",
+    "SourceRows",
     "TemperedWeights",
     "TokenKeys",
     "TopK",
     "TotalWeights",
     "WithoutExperts",
     "check_parts",
+    "from_rows",
 ]

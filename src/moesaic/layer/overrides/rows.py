@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,6 +18,32 @@ from moesaic.layer.record import Routing, RoutingContext
 from moesaic.layer.routers.base import Router
 
 
+@dataclass(frozen=True, eq=False)
+class SourceRows:
+    """What the rows of a batch were made of, where a decoder repeats or leaves out rows of the batch it was given.
+
+    Attributes:
+        rows: for each row, the one of the given batch that it stands for.
+        batch: rows of the given batch.
+    """
+
+    rows: tuple[int, ...]
+    batch: int
+
+
+_SOURCES: ContextVar[SourceRows | None] = ContextVar("source_rows", default=None)
+
+
+@contextlib.contextmanager
+def from_rows(sources: SourceRows | None) -> Iterator[None]:
+    """Forward passes of this thread inside the block have these rows: `RowOverrides` are for the batch they come from."""
+    token = _SOURCES.set(sources)
+    try:
+        yield
+    finally:
+        _SOURCES.reset(token)
+
+
 class RowOverrides:
     """An `OverrideFactory` with an override, or None, for each row of a batch.
 
@@ -25,16 +53,18 @@ class RowOverrides:
 
     Args:
         factories: for each row. Rows with the same object are computed together.
+        literal: whether they are for the rows of the forward pass as it is, also inside `from_rows`.
     """
 
-    def __init__(self, factories: Sequence[OverrideFactory | None]) -> None:
+    def __init__(self, factories: Sequence[OverrideFactory | None], *, literal: bool = False) -> None:
         if not factories:
             raise ConfigError("rows", [], "is empty", "give an override or None for each row of the batch")
-        self._rows = list(factories)
+        self._rows, self._literal = list(factories), literal
         self._last: _Rows | None = None
 
     def __call__(self, context: RoutingContext, num_tokens: int) -> RoutingOverride | None:
-        batch, given = context.batch_size, len(self._rows)
+        sources = None if self._literal else _SOURCES.get()
+        batch, given = context.batch_size if sources is None else sources.batch, len(self._rows)
         if batch % given:
             raise ConfigError(
                 "rows",
@@ -42,7 +72,7 @@ class RowOverrides:
                 f"entries do not fit a batch of {batch} rows",
                 "give one for each row, or for each prompt",
             )
-        rows, parts, own_T = self._rows_of(batch, num_tokens), [], None
+        rows, parts, own_T = self._rows_of(context.batch_size, num_tokens, sources), [], None
         for factory, has_T in rows.tokens:
             made = None if factory is None else factory(_only(context, has_T), num_tokens)
             if made is None:
@@ -51,16 +81,19 @@ class RowOverrides:
                 parts.append((made, has_T))
         return _RowsPass(tuple(parts), own_T, rows.merged) if parts else None
 
-    def _rows_of(self, batch: int, num_tokens: int) -> _Rows:
+    def _rows_of(self, batch: int, num_tokens: int, sources: SourceRows | None) -> _Rows:
         # Steps of decoding are all alike.
         last = self._last
-        if last is None or (last.batch, last.num_tokens) != (batch, num_tokens):
+        if last is None or (last.batch, last.num_tokens, last.sources) != (batch, num_tokens, sources):
+            given = batch if sources is None else sources.batch
             tokens = []
             for factory in {id(factory): factory for factory in self._rows}.values():
                 has_R = torch.tensor([other is factory for other in self._rows])
-                has_B = has_R.repeat_interleave(batch // len(self._rows))
+                has_B = has_R.repeat_interleave(given // len(self._rows))
+                if sources is not None:
+                    has_B = has_B[list(sources.rows)]
                 tokens.append((factory, has_B.repeat_interleave(num_tokens // batch)))
-            last = self._last = _Rows(batch, num_tokens, tuple(tokens))
+            last = self._last = _Rows(batch, num_tokens, sources, tuple(tokens))
         return last
 
 
@@ -71,12 +104,14 @@ class _Rows:
     Attributes:
         batch: B.
         num_tokens: T.
+        sources: what the rows were made of.
         tokens: each factory, and None, with the tokens of its rows: bool (T,).
         merged: what all of them ask for, by what each does.
     """
 
     batch: int
     num_tokens: int
+    sources: SourceRows | None
     tokens: tuple[tuple[OverrideFactory | None, Tensor], ...]
     merged: dict[tuple[Asked | int, ...], Asked] = field(default_factory=dict)
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from moesaic.infer.decode.contrast.passes import batch_of, check_fresh, places, rows_of
 from moesaic.infer.decode.overrides import OverrideSpec, RoutingSwitch
+from moesaic.layer.overrides import SourceRows
 
 
 class TwoPasses:
@@ -32,7 +33,8 @@ class TwoPasses:
         weak: Sequence[OverrideSpec | None],
     ) -> None:
         self._model, self._switch = model, switch
-        self._weak_W = places([row for row, spec in enumerate(weak) if spec is not None], model.device)
+        contrasted = [row for row, spec in enumerate(weak) if spec is not None]
+        self._weak_W, self._sources = places(contrasted, model.device), SourceRows(tuple(contrasted), len(strong))
         self._strong_factory = _prepared(switch, strong)
         self._weak_factory = _prepared(switch, [spec for spec in weak if spec is not None])
         self._weak_cache: Any = None
@@ -47,7 +49,7 @@ class TwoPasses:
         if len(self._weak_W):
             # Before the strong pass, whose model may change in place what it is given.
             weak = rows_of(inputs, self._weak_W) | {"past_key_values": self._weak_cache}
-            with self._switch.acting(self._weak_factory):
+            with self._switch.acting(self._weak_factory, self._sources):
                 self.weak_WV = self._model(**weak).logits[:, -1]
         with self._switch.acting(self._strong_factory):
             return self._model(**inputs)

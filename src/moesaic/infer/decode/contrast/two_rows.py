@@ -11,12 +11,11 @@ from transformers import PreTrainedModel
 
 from moesaic.infer.decode.contrast.passes import check_fresh, output_rows, places, rows_of
 from moesaic.infer.decode.overrides import OverrideSpec, RoutingSwitch
+from moesaic.layer.overrides import SourceRows
 
 
 class TwoRows:
     """`Passes` in which each row with a weak pass is followed by its weak twin.
-
-    Twins stand side by side, so that an override around the decoder that names rows names the same prompts.
 
     Args:
         model: the model.
@@ -46,6 +45,7 @@ class TwoRows:
         device = model.device
         self._source_R, self._strong_B = places(source, device), places(strong_places, device)
         self._weak_W = places(weak_places, device)
+        self._sources = SourceRows(tuple(source), len(strong))
         self._factory = switch.prepare_rows(routing)
         self._begun = False
         self.weak_WV = torch.empty(0, 0)
@@ -54,7 +54,7 @@ class TwoRows:
         if not self._begun:
             check_fresh(inputs, len(self._source_R))
             self._begun = True
-        with self._switch.acting(self._factory):
+        with self._switch.acting(self._factory, self._sources):
             output = self._model(**rows_of(inputs, self._source_R))
         self.weak_WV = output.logits[:, -1].index_select(0, self._weak_W.to(output.logits.device))
         return output_rows(output, self._strong_B, len(self._source_R))

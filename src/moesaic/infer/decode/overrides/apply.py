@@ -87,8 +87,8 @@ def factory_of(spec: OverrideSpec, model: nn.Module, found: Overridable) -> Over
     return factories[0] if len(factories) == 1 else _Several(factories)
 
 
-def factory_by_row(by_row: ByRow, model: nn.Module, found: Overridable) -> OverrideFactory:
-    """As `factory_of`, with an override of its own for each row."""
+def factory_by_row(by_row: ByRow, model: nn.Module, found: Overridable, *, literal: bool = False) -> OverrideFactory:
+    """As `factory_of`, with an override of its own for each row; see `RowOverrides` for `literal`."""
     if found.limited:
         raise UnsupportedOverride(
             f"layer {min(found.limited)} has a capacity, for which rows of one batch compete and whose slots follow from the "
@@ -98,7 +98,7 @@ def factory_by_row(by_row: ByRow, model: nn.Module, found: Overridable) -> Overr
     for spec in by_row.rows:
         if spec is not None and id(spec) not in factories:
             factories[id(spec)] = factory_of(spec, model, found)
-    return RowOverrides([None if spec is None else factories[id(spec)] for spec in by_row.rows])
+    return RowOverrides([None if spec is None else factories[id(spec)] for spec in by_row.rows], literal=literal)
 
 
 class _Several:

@@ -11,6 +11,7 @@ from moesaic.hf.overridable import overridable
 from moesaic.infer.decode.overrides.apply import factory_by_row, factory_of
 from moesaic.infer.decode.overrides.spec import ByRow, OverrideSpec
 from moesaic.layer import OverrideFactory, RoutingContext, RoutingOverride
+from moesaic.layer.overrides import SourceRows, from_rows
 
 
 class RoutingSwitch:
@@ -52,7 +53,7 @@ class RoutingSwitch:
             MoesaicError: see `moesaic.override_routing`.
         """
         by_row = ByRow.of([None if spec is None or not spec.parts else spec for spec in rows])
-        return factory_by_row(by_row, self._model, self._found)
+        return factory_by_row(by_row, self._model, self._found, literal=True)
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -61,11 +62,17 @@ class RoutingSwitch:
             yield
 
     @contextlib.contextmanager
-    def acting(self, factory: OverrideFactory | None) -> Iterator[None]:
-        """Run forward passes with an override that was prepared."""
+    def acting(self, factory: OverrideFactory | None, sources: SourceRows | None = None) -> Iterator[None]:
+        """Run forward passes with an override that was prepared.
+
+        Args:
+            factory: the override.
+            sources: what the rows of these passes stand for, so that overrides by row around know theirs.
+        """
         before, self._acting = self._acting, factory
         try:
-            yield
+            with from_rows(sources):
+                yield
         finally:
             self._acting = before
 
