@@ -6,6 +6,7 @@ from moesaic.infer.decode.cost import Work, pass_bytes
 from moesaic.infer.decode.counting import count_work
 from moesaic.infer.decode.decodings import (
     ContrastiveDecoding,
+    ContrastiveSearch,
     DecodingLike,
     DecodingSpec,
     DecodingStrategy,
@@ -19,6 +20,7 @@ from moesaic.infer.decode.positions import Positions, count_positions
 
 __all__ = [
     "ContrastiveDecoding",
+    "ContrastiveSearch",
     "DecodingLike",
     "DecodingSpec",
     "DecodingStrategy",

@@ -189,7 +189,7 @@ def test_bad_layers_and_models_are_named(models):
     ):
         EarlyExitContrast(layers=(1, 3)).generate(models["llama"], ids, **GREEDY)
     t5 = T5ForConditionalGeneration(
-        T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2, decoder_start_token_id=0)
+        T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2, bos_token_id=0)
     )
     with pytest.raises(UnsupportedModel, match="T5ForConditionalGeneration is no decoder with a head"):
         EarlyExitContrast().generate(t5, ids, **GREEDY)

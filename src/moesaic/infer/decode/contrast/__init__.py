@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moesaic.infer.decode.contrast.early_exit import Divergence, EarlyExit, distance
+from moesaic.infer.decode.contrast.lookahead import Lookahead, LookaheadProcessor
 from moesaic.infer.decode.contrast.passes import Passes
 from moesaic.infer.decode.contrast.processor import ContrastProcessor, EndedRows, EosBan, Strength, with_contrast
 from moesaic.infer.decode.contrast.scores import contrast, difference, plausible
@@ -16,6 +17,8 @@ __all__ = [
     "EarlyExit",
     "EndedRows",
     "EosBan",
+    "Lookahead",
+    "LookaheadProcessor",
     "Passes",
     "Strength",
     "TwoModels",

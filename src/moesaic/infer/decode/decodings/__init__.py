@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from moesaic.infer.decode.decodings.base import DecodingStrategy
 from moesaic.infer.decode.decodings.contrastive import ContrastiveDecoding
+from moesaic.infer.decode.decodings.contrastive_search import ContrastiveSearch
 from moesaic.infer.decode.decodings.early_exit import EarlyExitContrast
 from moesaic.infer.decode.decodings.self_contrast import SelfContrast, SelfContrastRows
 from moesaic.infer.decode.decodings.spec import DecodingLike, DecodingSpec
 
 __all__ = [
     "ContrastiveDecoding",
+    "ContrastiveSearch",
     "DecodingLike",
     "DecodingSpec",
     "DecodingStrategy",
