@@ -145,6 +145,6 @@ def test_what_it_can_not_do_is_named(models):
         decode(penalty=1.5)
     with pytest.raises(ValueError, match="k"):
         decode(k=0)
-    t5 = T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, bos_token_id=0)
+    t5 = T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     with pytest.raises(UnsupportedModel, match="T5ForConditionalGeneration is no decoder"):
-        decode(T5ForConditionalGeneration(t5))
+        decode(T5ForConditionalGeneration(t5), decoder_start_token_id=0)

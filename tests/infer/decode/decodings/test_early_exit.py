@@ -188,11 +188,9 @@ def test_bad_layers_and_models_are_named(models):
         ConfigError, match=r"layers = \(1, 3\) are not all before the last of 3; give numbers from 0 to 2"
     ):
         EarlyExitContrast(layers=(1, 3)).generate(models["llama"], ids, **GREEDY)
-    t5 = T5ForConditionalGeneration(
-        T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2, bos_token_id=0)
-    )
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2))
     with pytest.raises(UnsupportedModel, match="T5ForConditionalGeneration is no decoder with a head"):
-        EarlyExitContrast().generate(t5, ids, **GREEDY)
+        EarlyExitContrast().generate(t5, ids, decoder_start_token_id=0, **GREEDY)
 
 
 def test_a_head_that_does_more_than_is_known_is_refused():
