@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from moesaic.cli.console import Json, emit_json, results
 from moesaic.cli.decodings import decodings_of
 from moesaic.cli.models import load, tokenizer_of
 from moesaic.cli.overrides import Override, routing_of
+from moesaic.cli.sweeps import ChooseFiles, CostAxis, Picture, SweepOptions, Timing, run_sweep
 from moesaic.cli.tasks import (
     Compare,
     Decode,
@@ -47,6 +49,10 @@ def command(
     seed: Seed = 0,
     output: Output = None,
     compare: Compare = None,
+    choose: ChooseFiles = None,
+    picture: Picture = None,
+    cost: CostAxis = None,
+    timing: Timing = True,
     tasks: Annotated[str | None, typer.Option(help="lm-evaluation-harness tasks, comma separated.")] = None,
     tasks_folder: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Batches of a domain, or examples of a task.")] = None,
@@ -64,18 +70,31 @@ def command(
     """Measure perplexity on text, domain by domain, or run evaluation tasks: of files of your own, or of lm-evaluation-harness.
 
     Without --text, --task and --tasks, a model of a training run is measured on the text that the run held out. With --trace,
-    the routing of all that is read goes to disk.
+    the routing of all that is read goes to disk. With several decodings, accuracy is set against cost.
 
     Example: moesaic eval runs/demo/moe --text code=src --text prose=README.md
     """
     decodings = decodings_of(decode, samples=samples, temperature=temperature, top_p=top_p)
     options = TaskOptions(task_files or (), samples, vote, temperature, top_p, seed, output, compare, decodings)
     options.check()
-    own_tasks = read_tasks(options)
+    swept = SweepOptions(choose or (), picture, cost, timing)
+    not_swept = {"--text": bool(texts), "--tasks": tasks is not None, "--trace": trace is not None}
+    swept.check(options, {**not_swept, "--compare": compare is not None})
+    own_tasks, validation = read_tasks(options), swept.read()
     options.check_used(own_tasks, others=tasks is not None)
     network, folder = load(model)
     tokens = tokenizer_of(folder, network, tokenizer)
     report: dict[str, Any] = {"override": list(override)} if override else {}
+    if len(decodings) > 1:
+        identity = dataclasses.replace(options, decodings=()).identity(folder, tokens, override or ())
+        sizes: dict[str, Any] = {"batch_size": batch_size, "limit": limit}
+        with routing_of(network, override):
+            report["sweep"] = run_sweep(
+                swept, validation, options, own_tasks, network, tokens, identity=identity, json_only=json, **sizes
+            )
+        if json:
+            emit_json(report)
+        return
     report |= {"decoding": options.spec.label} if options.spec else {}
     with routing_of(network, override), traced(trace, trace_sample, network, tokens) as recorded:
         if texts or not (tasks or own_tasks):

@@ -53,7 +53,11 @@ Decode = Annotated[list[str] | None, typer.Option("--decode", metavar="TEXT", he
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of sampling.")]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="JSONL file for the result of every item; one that was cut short goes on."),
+    typer.Option(
+        "--output",
+        "-o",
+        help="JSONL file for the result of every item, or folder for several decodings; what was cut short goes on.",
+    ),
 ]
 Compare = Annotated[Path | None, typer.Option(help="Results of another run on the same items, to compare with.")]
 _SAMPLING_TEMPERATURE = 0.7
@@ -89,15 +93,13 @@ class TaskOptions:
             for option, given in unused.items():
                 if given:
                     raise ConfigError(option, "given", "is only for --task", "give --task FILE.jsonl, or leave it out")
-        if len(self.decodings) > 1:
-            raise ConfigError("--decode", [spec.label for spec in self.decodings], "are several", "give one")
         if self.samples > 1 and self.temperature == 0:
             raise ConfigError("--temperature", 0, "makes all samples equal", "raise it, or leave out --samples")
         names = [file.stem for file in self.files]
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError("--task", name, "is the name of two files", "rename one")
-        if self.output is not None and self.output.is_dir():
+        if self.output is not None and self.output.is_dir() and len(self.decodings) < 2:
             raise ConfigError("--output", str(self.output), "is a folder", "give the path of the JSONL file to write")
 
     def check_used(self, tasks: Sequence[Task], *, others: bool) -> None:
@@ -113,14 +115,15 @@ class TaskOptions:
                 "--decode", self.spec.label, "is only for tasks", "give --task or --tasks, or leave it out"
             )
         items = [item for task in tasks for item in task.items.values()]
-        self.spec.check_used(
-            generated=any(isinstance(item, GenerateItem) for item in items),
-            scored=any(isinstance(item, ChoiceItem) for item in items),
-        )
+        for spec in self.decodings:
+            spec.check_used(
+                generated=any(isinstance(item, GenerateItem) for item in items),
+                scored=any(isinstance(item, ChoiceItem) for item in items),
+            )
 
     @property
     def spec(self) -> DecodingSpec | None:
-        """What --decode says."""
+        """What --decode says, or the first of what it says."""
         return self.decodings[0] if self.decodings else None
 
     @property

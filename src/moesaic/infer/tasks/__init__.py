@@ -7,7 +7,7 @@ from moesaic.infer.tasks.costs import Cost, CostSettings, measure_costs
 from moesaic.infer.tasks.evaluate import TaskResult, evaluate_task
 from moesaic.infer.tasks.generated import VoteRule
 from moesaic.infer.tasks.load import Task, load_task
-from moesaic.infer.tasks.pictures import draw_sweep
+from moesaic.infer.tasks.pictures import check_picture, draw_sweep
 from moesaic.infer.tasks.results import ResultsFile, read_results
 from moesaic.infer.tasks.schema import ChoiceItem, GenerateItem
 from moesaic.infer.tasks.statistics import Accuracy, Paired, accuracy, compare
@@ -28,6 +28,7 @@ __all__ = [
     "TaskResult",
     "VoteRule",
     "accuracy",
+    "check_picture",
     "choose",
     "compare",
     "draw_sweep",

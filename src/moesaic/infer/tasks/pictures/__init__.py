@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from moesaic.infer.tasks.pictures.grids import Grid, Line, grids_of
-from moesaic.infer.tasks.pictures.write import draw_sweep
+from moesaic.infer.tasks.pictures.write import check_picture, draw_sweep
 
-__all__ = ["Grid", "Line", "draw_sweep", "grids_of"]
+__all__ = ["Grid", "Line", "check_picture", "draw_sweep", "grids_of"]
