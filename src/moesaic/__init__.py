@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.catalog import preset
 from moesaic.hf import MoeCausalLMOutput, MoesaicConfig, MoesaicForCausalLM, MoesaicModel, build, convert, export
-from moesaic.infer.decode import OverrideSpec, SelfContrast, fast_decoding, override_routing
+from moesaic.infer.decode import DecodingSpec, OverrideSpec, SelfContrast, fast_decoding, override_routing
 from moesaic.layer import MoESpec
 from moesaic.trace import record, replay
 from moesaic.transform import add_null_experts, upcycle
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Balancer",
+    "DecodingSpec",
     "MoESpec",
     "MoeCausalLMOutput",
     "MoesaicConfig",
