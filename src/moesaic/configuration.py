@@ -188,7 +188,7 @@ def _walk(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str]
     """Follow a pydantic location: its steps without union tags, and the annotation it ends at."""
     steps, node = [], model
     for step in loc:
-        if str(step).startswith("<"):  # tag of a union that is not told apart by `type`
+        if str(step).startswith("<") or "[" in str(step):  # tag of a union that is not told apart by `type`
             continue
         found = {str(member.model_fields["type"].default): member for member in _models(node) if _is_tagged(member)}
         if step in found and len(found) > 1:

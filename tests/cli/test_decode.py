@@ -54,6 +54,20 @@ def test_generate_with_a_routing_around_and_a_trace(cli: Cli, trained: Path, tmp
     assert json.loads(cli("trace", tmp_path / "trace", "--json").out)["layers"]["0"]["top_k"] == 3
 
 
+def test_an_amateur_is_a_model_like_any_other(cli: Cli, trained: Path, task: Path, tmp_path: Path) -> None:
+    """A model set against itself says what it always does."""
+    plain = generated(cli, trained, "--decode", "greedy")
+    contrasted = generated(cli, trained, "--decode", f"contrastive amateur={trained}")
+    assert contrasted["text"] == plain["text"]
+    assert contrasted["forward_positions"] == 2 * plain["forward_positions"]
+    assert generated(cli, trained, "--decode", "dola")["forward_positions"] == plain["forward_positions"]
+    options = ("--task", task, "-o", tmp_path / "results", "--limit", "3")
+    assert evaluated(cli, trained, *options, "--decode", f"contrastive amateur={trained}")["own_tasks"]["sums"]
+    missing = cli("generate", trained, *OPTIONS, "--decode", "contrastive amateur=./nowhere")
+    assert missing.code == 2
+    assert "amateur = './nowhere' is not a folder" in missing.err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -150,6 +164,11 @@ def test_eval_names_what_would_not_be_used(cli: Cli, trained: Path, task: Path) 
         assert ended.err.startswith("error: ")
         assert message in " ".join(ended.err.split())
     assert cli("eval", trained, "--task", choices, "--decode", "self-contrast beta=0.5").code == 0
+    unscored = cli("eval", trained, "--task", choices, "--decode", "dola")
+    assert unscored.code == 2
+    assert "decode = 'early_exit' does not score given texts; generate answers with it" in " ".join(
+        unscored.err.split()
+    )
 
 
 def test_eval_names_faults_of_tasks_and_tokenizers(cli: Cli, trained: Path, task: Path, tmp_path: Path) -> None:

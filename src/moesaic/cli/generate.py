@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from moesaic.cli.console import Json, emit_json, errors
-from moesaic.cli.decodings import HELP, decoding_of
+from moesaic.cli.decodings import HELP, decoding_of, fast_decoding_of
 from moesaic.cli.models import load, positions_of, tokenizer_of
 from moesaic.cli.overrides import Override, routing_of
 from moesaic.cli.tracing import TracePath, trace_report, traced
 from moesaic.errors import ConfigError
 from moesaic.hf import MoesaicForCausalLM
-from moesaic.infer.decode import DecodingSpec, count_positions, fast_decoding
+from moesaic.infer.decode import DecodingSpec, count_positions
 
 
 class _Stream(TextStreamer):
@@ -78,14 +78,15 @@ def command(
     inputs: Any = tokens(text or str(tokens.eos_token), return_tensors="pt", add_special_tokens=bool(text))
     labels = _labels(network, inputs["input_ids"], domain)
     _check_length(network, inputs["input_ids"].shape[1], max_new_tokens)
+    companions = () if spec is None else spec.companions
     generate, beams = _generation(network, spec, temperature, top_p, num_beams)
     torch.manual_seed(seed)
     begun = time.perf_counter()
     with (
         routing_of(network, override),
-        fast_decoding(network),
+        fast_decoding_of(network, *companions),
         traced(trace, 1.0, network, tokens) as recorded,
-        count_positions(network) as positions,
+        count_positions(network, *companions) as positions,
     ):
         output: Any = generate(
             input_ids=inputs["input_ids"],

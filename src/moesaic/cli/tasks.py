@@ -14,10 +14,10 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic.cli.console import errors, results
-from moesaic.cli.decodings import HELP
+from moesaic.cli.decodings import HELP, fast_decoding_of
 from moesaic.errors import ConfigError
 from moesaic.infer.consistency import Generate
-from moesaic.infer.decode import DecodingSpec, fast_decoding
+from moesaic.infer.decode import DecodingSpec
 from moesaic.infer.tasks import (
     ChoiceItem,
     GenerateItem,
@@ -141,19 +141,26 @@ class TaskOptions:
 
     def identity(self, folder: Path, tokenizer: PreTrainedTokenizerBase, override: Sequence[str]) -> dict[str, Any]:
         """What makes results those of this run: the model's files and all that decides what it answers."""
-        files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json"))
+        others = () if self.spec is None else self.spec.companions
         draws = bool(self.sampling) if self.spec is None else self.spec.temperature > 0
         how = {"sampling": self.sampling} if self.spec is None else {"decoding": self.spec.to_dict()}
         return {
             "model": str(folder.resolve()),
-            "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+            "files": _files(folder),
             "tokenizer": str(Path(tokenizer.name_or_path).resolve()),
             "override": list(override),
             **how,
+            **({"companions": [_files(Path(str(other.name_or_path))) for other in others]} if others else {}),
             "seed": self.seed if draws else 0,
             "samples": self.samples,
             "vote": self.vote if self.samples > 1 else "",
         }
+
+
+def _files(folder: Path) -> list[tuple[str, int, int]]:
+    """What tells a model's files from others."""
+    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json"))
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def run_tasks(
@@ -171,7 +178,7 @@ def run_tasks(
     baseline = None if options.compare is None else read_results(options.compare)
     file = None if options.output is None else ResultsFile(options.output, identity)
     report = {}
-    with fast_decoding(model):
+    with fast_decoding_of(model, *(options.spec.companions if options.spec else ())):
         for task in tasks:
             with _progress(task, limit, hidden=json) as advance:
                 result = evaluate_task(

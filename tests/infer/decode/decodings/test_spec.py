@@ -15,7 +15,14 @@ from transformers import GenerationConfig
 import moesaic
 from moesaic.errors import ConfigError
 from moesaic.infer.consistency import Sampler
-from moesaic.infer.decode import DecodingSpec, OverrideSpec, SelfContrast, count_positions
+from moesaic.infer.decode import (
+    ContrastiveDecoding,
+    DecodingSpec,
+    EarlyExitContrast,
+    OverrideSpec,
+    SelfContrast,
+    count_positions,
+)
 
 TEXTS = {
     "greedy": DecodingSpec(),
@@ -28,6 +35,15 @@ TEXTS = {
     "self-contrast weak=rank=3 beta=0.5 plan=two_passes temperature=0.7": DecodingSpec(
         strategy=SelfContrast(beta=0.5, weak=OverrideSpec.of("rank=3"), plan="two_passes"), temperature=0.7
     ),
+    "contrastive amateur=some/folder beta=none": DecodingSpec(
+        strategy=ContrastiveDecoding(amateur="some/folder", beta=None)
+    ),
+    "contrastive 'amateur=a folder' num_beams=2": DecodingSpec(
+        strategy=ContrastiveDecoding(amateur="a folder"), num_beams=2
+    ),
+    "dola": DecodingSpec(strategy=EarlyExitContrast()),
+    "dola layers=high normalise=true": DecodingSpec(strategy=EarlyExitContrast(layers="high", normalise=True)),
+    "dola layers=0,2 temperature=0.5": DecodingSpec(strategy=EarlyExitContrast(layers=(0, 2)), temperature=0.5),
     "self-contrast weak=rank=2,3@0-2,5+scale=2 eos_ban=official override=without=1": DecodingSpec(
         strategy=SelfContrast(weak=OverrideSpec.of("rank=2,3@0-2,5+scale=2"), eos_ban="official"),
         override=OverrideSpec.of("without=1"),
@@ -48,6 +64,7 @@ def test_texts_and_back(text: str, spec: DecodingSpec) -> None:
         ("sample", "sample temperature=1"),
         ("beam", "beam num_beams=4"),
         ("self_contrast beta=0.30", "self-contrast"),
+        ("early-exit layers=1", "dola layers=1"),
         ("self-contrast preset=reasoning", "self-contrast beta=0.5"),
         ("self-contrast preset=code weak=rank=3", "self-contrast weak=rank=3 beta=0.1"),
         ("self-contrast preset=code beta=0.7", "self-contrast beta=0.7"),
@@ -140,6 +157,8 @@ def test_options_fill_what_is_left_open() -> None:
         ("self-contrast preset=prose", "decode.preset = 'prose' is not a preset; choose one of reasoning, code"),
         ("self-contrast weak=rnk=1", "decode.weak.override = 'rnk=1' has a part that is none"),
         ("self-contrast beta={1,2}", "is a grid, and one decoding is wanted"),
+        ("contrastive", "decode.amateur = None is required"),
+        ("dola layers=lo", "decode.layers = 'lo' is not one of the choices; choose one of 'low' or 'high'"),
         ("greedy override=k=0", "decode.override.parts.0.k = 0 is not valid"),
         ("greedy temperature=1", "decode.temperature = '1' is not greedy; use sample"),
         ("greedy num_beams=2", "decode.num_beams = '2' is not greedy; use beam"),
@@ -280,3 +299,34 @@ def test_positions_are_counted(model: Any, text: str, passes: int) -> None:
     assert counted.count == passes * 3 * (9 + 12 - 1)
     generated(model, "greedy")
     assert counted.count == passes * 3 * (9 + 12 - 1)
+
+
+def test_choices_are_scored_by_the_contrast(model: Any) -> None:
+    """Of a strategy with the mask left out; the model's own without one."""
+    inputs = {"input_ids": padded_ids()[0][1:2], "use_cache": False}
+    amateur = text_model("llama")
+    amateur_BSV = amateur(**inputs).logits
+    with torch.no_grad():
+        own_BSV = model(**inputs).logits
+        with moesaic.override_routing(model, "k=3"):
+            strong_BSV = model(**inputs).logits
+        with moesaic.override_routing(model, "k=3"), moesaic.override_routing(model, "rank=2"):
+            weak_BSV = model(**inputs).logits
+
+        def check(spec: DecodingSpec, expected_BSV: Tensor) -> None:
+            found_BSV = spec.logits(model, {**inputs, "logits_to_keep": 4})
+            torch.testing.assert_close(
+                found_BSV.log_softmax(-1), expected_BSV[:, -4:].log_softmax(-1), atol=1e-4, rtol=1e-4
+            )
+
+        check(DecodingSpec.of("sample"), own_BSV)
+        check(DecodingSpec.of("greedy override=k=3"), strong_BSV)
+        contrasted = DecodingSpec.of("self-contrast override=k=3 beta=0.5 strong_temperature=2 weak_temperature=4")
+        check(contrasted, 1.5 * strong_BSV / 2 - 0.5 * weak_BSV / 4)
+        check(DecodingSpec(strategy=ContrastiveDecoding(amateur=amateur, beta=2.0)), 3 * own_BSV - 2 * amateur_BSV)
+        difference_BSV = own_BSV.log_softmax(-1) - (amateur_BSV / 0.5).log_softmax(-1)
+        expert = ContrastiveDecoding(amateur=amateur, beta=None, amateur_temperature=0.5)
+        check(DecodingSpec(strategy=expert), difference_BSV)
+        assert DecodingSpec(strategy=expert).companions == (amateur,)
+        with pytest.raises(ConfigError, match="decode = 'early_exit' does not score given texts"):
+            DecodingSpec.of("dola").logits(model, inputs)

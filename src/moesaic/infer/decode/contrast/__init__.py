@@ -7,7 +7,7 @@ from moesaic.infer.decode.contrast.lookahead import Lookahead, LookaheadProcesso
 from moesaic.infer.decode.contrast.passes import Passes
 from moesaic.infer.decode.contrast.processor import ContrastProcessor, EndedRows, EosBan, Strength, with_contrast
 from moesaic.infer.decode.contrast.scores import contrast, difference, plausible
-from moesaic.infer.decode.contrast.two_models import TwoModels
+from moesaic.infer.decode.contrast.two_models import TwoModels, check_vocabularies
 from moesaic.infer.decode.contrast.two_passes import TwoPasses
 from moesaic.infer.decode.contrast.two_rows import TwoRows
 
@@ -24,6 +24,7 @@ __all__ = [
     "TwoModels",
     "TwoPasses",
     "TwoRows",
+    "check_vocabularies",
     "contrast",
     "difference",
     "distance",

@@ -27,14 +27,7 @@ class TwoModels:
     """
 
     def __init__(self, model: PreTrainedModel, amateur: PreTrainedModel, mask_BS: Tensor | None) -> None:
-        own, other = (given.config.get_text_config(decoder=True).vocab_size for given in (model, amateur))
-        if own != other:
-            raise ConfigError(
-                "amateur",
-                f"{type(amateur).__name__} of {other} tokens",
-                f"has another vocabulary than the model, which has {own}",
-                "give an amateur with the model's tokenizer",
-            )
+        check_vocabularies(model, amateur)
         self._model, self._amateur = model, Companion(amateur, mask_BS)
         self._begun = False
         self.weak_WV = torch.empty(0, 0)
@@ -54,3 +47,19 @@ class TwoModels:
         cache.reorder_cache(rows_B)
         self._amateur.reorder(rows_B)
         return cache
+
+
+def check_vocabularies(model: PreTrainedModel, amateur: PreTrainedModel) -> None:
+    """Check that both have as many tokens.
+
+    Raises:
+        ConfigError: if they don't.
+    """
+    own, other = (given.config.get_text_config(decoder=True).vocab_size for given in (model, amateur))
+    if own != other:
+        raise ConfigError(
+            "amateur",
+            f"{type(amateur).__name__} of {other} tokens",
+            f"has another vocabulary than the model, which has {own}",
+            "give an amateur with the model's tokenizer",
+        )

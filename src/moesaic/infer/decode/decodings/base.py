@@ -35,6 +35,8 @@ class DecodingStrategy(Config, ABC):
     """Whether a temperature means something. It is then drawn from the scores by transformers' loop."""
     searches: ClassVar[bool] = True
     """Whether several beams do."""
+    alias: ClassVar[str | None] = None
+    """What it is called in texts, beside its type."""
     unscored: ClassVar[Sequence[str]] = ()
     """Fields that `logits` has no use for."""
 
@@ -62,6 +64,15 @@ class DecodingStrategy(Config, ABC):
         **model_kwargs: Any,
     ) -> Any:
         """Continue prompts; arguments and result are those of transformers' loops."""
+
+    @property
+    def companions(self) -> tuple[PreTrainedModel, ...]:
+        """Other models that it runs.
+
+        Raises:
+            MoesaicError: if one can't be loaded.
+        """
+        return ()
 
     def logits(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
         """Next-token logits by this decoding at every place of given texts, whose softmax scores choices.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_serializer, field_validator
 from torch import Tensor
@@ -13,7 +14,15 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from moesaic.errors import ConfigError
 from moesaic.files import is_local
 from moesaic.hf.generation_view import generate_with
-from moesaic.infer.decode.contrast import ContrastProcessor, Strength, TwoModels, with_contrast
+from moesaic.infer.decode.contrast import (
+    ContrastProcessor,
+    Strength,
+    TwoModels,
+    check_vocabularies,
+    contrast,
+    difference,
+    with_contrast,
+)
 from moesaic.infer.decode.decodings.base import DecodingStrategy
 
 
@@ -33,6 +42,8 @@ class ContrastiveDecoding(DecodingStrategy):
         beta: strength, 0 or more; 0.5 is that of 2309.09117. None takes log p_expert - log p_amateur alone (2210.15097).
         amateur_temperature: the amateur's logits are divided by it; 2210.15097 uses 0.5 for GPT-2 and 1 for OPT.
     """
+
+    unscored: ClassVar = ("alpha",)
 
     type: Literal["contrastive"] = "contrastive"
     amateur: Any
@@ -73,6 +84,33 @@ class ContrastiveDecoding(DecodingStrategy):
 
         return load_model(self.amateur, dtype="auto").eval()
 
+    @property
+    def companions(self) -> tuple[PreTrainedModel, ...]:
+        """The amateur."""
+        return (self.amateur_model,)
+
+    def _beside(self, model: PreTrainedModel) -> PreTrainedModel:
+        amateur = self.amateur_model
+        if isinstance(self.amateur, str):
+            amateur.to(model.device)  # type: ignore[arg-type]
+        return amateur
+
+    def logits(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+        """See `DecodingStrategy`: the contrast of expert and amateur, without the mask of `alpha`.
+
+        Raises:
+            MoesaicError: as in decoding.
+        """
+        amateur = self._beside(model)
+        check_vocabularies(model, amateur)
+        strong_BSV = model(**inputs).logits
+        read = {name: inputs[name].to(amateur.device) for name in ("input_ids", "attention_mask") if name in inputs}
+        weak_BSV = amateur(**read, use_cache=False).logits[:, -strong_BSV.shape[1] :].to(strong_BSV)
+        weak_BSV = weak_BSV / self.amateur_temperature
+        if self.beta is None:
+            return difference(strong_BSV, weak_BSV, alpha=0)
+        return contrast(strong_BSV, weak_BSV, alpha=0, beta=self.beta)
+
     def __call__(
         self,
         model: PreTrainedModel,
@@ -92,10 +130,7 @@ class ContrastiveDecoding(DecodingStrategy):
             CheckpointError: if the amateur's files are damaged.
             UnsupportedModel: if the amateur is no decoder with a cache.
         """
-        amateur = self.amateur_model
-        if isinstance(self.amateur, str):
-            amateur.to(model.device)  # type: ignore[arg-type]
-        passes = TwoModels(model, amateur, model_kwargs.get("attention_mask"))
+        passes = TwoModels(model, self._beside(model), model_kwargs.get("attention_mask"))
         strength = Strength(self.alpha, self.beta, weak_temperature=self.amateur_temperature)
         contrasting = ContrastProcessor(
             passes, [strength] * len(input_ids), [], log_probabilities=(generation_config.num_beams or 1) > 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 from torch import Tensor
@@ -41,6 +41,8 @@ class EarlyExitContrast(DecodingStrategy):
         normalise: apply the final norm to earlier layers' hidden states before the head. Paper and published code don't.
         divergence: see `moesaic.infer.decode.contrast.distance`; "official" for the tokens of the published code.
     """
+
+    alias: ClassVar = "dola"
 
     type: Literal["early_exit"] = "early_exit"
     layers: Literal["low", "high"] | tuple[int, ...] = "low"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Self, cast, get_args
 
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from moesaic.configuration import Config, read_yaml
 from moesaic.errors import ConfigError
 from moesaic.infer.decode.decodings.base import DecodingStrategy
+from moesaic.infer.decode.decodings.contrastive import ContrastiveDecoding
+from moesaic.infer.decode.decodings.early_exit import EarlyExitContrast
 from moesaic.infer.decode.decodings.self_contrast import SelfContrast
 from moesaic.infer.decode.decodings.text import FIELD, expanded, own_values, text_name, text_of, values_of_text
 from moesaic.infer.decode.overrides import OverrideLike, OverrideSpec, override_routing
@@ -21,8 +23,7 @@ from moesaic.infer.decode.overrides import OverrideLike, OverrideSpec, override_
 if TYPE_CHECKING:
     from moesaic.infer.consistency.spec_decoding import SpecDecoding
 
-_KINDS: tuple[type[DecodingStrategy], ...] = (SelfContrast,)
-STRATEGIES: dict[str, type[DecodingStrategy]] = {text_name(kind): kind for kind in _KINDS}
+Strategy = SelfContrast | ContrastiveDecoding | EarlyExitContrast
 # What generation configs of models may say about sampling, at values that do nothing.
 _OFF: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0, "eta_cutoff": 0}
 
@@ -46,7 +47,7 @@ class DecodingSpec(Config):
             `OverrideSpec.of` takes.
     """
 
-    strategy: SelfContrast | None = None
+    strategy: Annotated[Strategy, Field(discriminator="type")] | None = None
     temperature: float = Field(default=0.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
@@ -200,6 +201,15 @@ class DecodingSpec(Config):
                 f"{FIELD}.{name}", value, "is for generated answers, and all are multiple choice", "leave it out"
             )
 
+    @property
+    def companions(self) -> tuple[PreTrainedModel, ...]:
+        """Other models that the strategy runs.
+
+        Raises:
+            MoesaicError: if one can't be loaded.
+        """
+        return () if self.strategy is None else self.strategy.companions
+
     def generate(self, model: PreTrainedModel, inputs: Tensor | None = None, **given: Any) -> Any:
         """`model.generate` with this decoding.
 
@@ -247,7 +257,7 @@ def _values(given: DecodingLike) -> tuple[dict[str, Any], dict[str, Any]]:
         return read_yaml(given), {}
     if isinstance(given, str):
         shared = [name for name in DecodingSpec.model_fields if name != "strategy"]
-        return values_of_text(given, STRATEGIES, shared)
+        return values_of_text(given, get_args(Strategy), shared)
     if isinstance(given, Mapping):
         return dict(given), {}
     raise ConfigError(FIELD, given, "says no decoding", "give a text such as 'greedy', or the path of a YAML file")

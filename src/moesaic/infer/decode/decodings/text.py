@@ -7,9 +7,8 @@ import itertools
 import re
 import shlex
 from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
-from moesaic.configuration import Config
 from moesaic.errors import ConfigError
 from moesaic.infer.decode.decodings.base import DecodingStrategy
 from moesaic.infer.decode.overrides import OverrideSpec
@@ -17,18 +16,20 @@ from moesaic.infer.decode.overrides import OverrideSpec
 FIELD = "decode"
 PLAIN = ("greedy", "sample", "beam")
 _BEAMS = 4
+_PLAIN_VALUES = (str, int, float, tuple, OverrideSpec, type(None))
+_INTEGERS = re.compile(r"\d+(,\d+)*")
 _SPAN = re.compile(r"(-?\d+)\.\.(-?\d+)")
 _INNERMOST = re.compile(r"\{([^{}]*)\}")
 
 
 def values_of_text(
-    text: str, strategies: Mapping[str, type[DecodingStrategy]], shared: Iterable[str]
+    text: str, kinds: Iterable[type[DecodingStrategy]], shared: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields of a spec that a text says, and those that its first word means where nothing else is said.
 
     Args:
         text: a name, and fields as name=value, separated by spaces; quotes as in a shell.
-        strategies: by name.
+        kinds: of strategies.
         shared: fields that all decodings have.
 
     Raises:
@@ -40,6 +41,7 @@ def values_of_text(
         )
     name, *words = _words(text)
     name = name.replace("_", "-")
+    strategies = {called: kind for kind in kinds for called in (text_name(kind), _type(kind))}
     if name not in PLAIN and name not in strategies:
         raise _unknown(FIELD, name, "is no decoding", [*PLAIN, *strategies])
     kind = strategies.get(name)
@@ -63,8 +65,12 @@ def values_of_text(
     return _plain(name, values)
 
 
-def text_name(kind: type[Config]) -> str:
+def text_name(kind: type[DecodingStrategy]) -> str:
     """What a kind of strategy is called in texts."""
+    return kind.alias or _type(kind)
+
+
+def _type(kind: type[DecodingStrategy]) -> str:
     return str(kind.model_fields["type"].default).replace("_", "-")
 
 
@@ -75,13 +81,15 @@ def text_of(name: str, fields: Mapping[str, Any]) -> str:
 
 
 def own_values(strategy: DecodingStrategy) -> dict[str, Any]:
-    """The fields of a strategy that are not at their defaults."""
-    kind = type(strategy)
-    return {
-        field: value
-        for field, value in strategy
-        if field != "type" and value != kind.model_fields[field].get_default(call_default_factory=True)
-    }
+    """The fields of a strategy that are not at their defaults; those that are not plain values as they are written down."""
+    changed: dict[str, Any] = {}
+    for field, info in type(strategy).model_fields.items():
+        value = getattr(strategy, field)
+        if field == "type" or (not info.is_required() and value == info.get_default(call_default_factory=True)):
+            continue
+        plain = isinstance(value, _PLAIN_VALUES)
+        changed[field] = value if plain else strategy.model_dump(mode="json", include={field})[field]
+    return changed
 
 
 def expanded(text: str) -> list[str]:
@@ -151,14 +159,21 @@ def _own_fields(kind: type[DecodingStrategy]) -> list[str]:
 
 
 def _value(kind: type[DecodingStrategy], field: str, text: str) -> Any:
-    if text == "none" and field in kind.model_fields and type(None) in get_args(kind.model_fields[field].annotation):
+    """What a field's text stands for, where its own validation does not know: nothing, or several whole numbers."""
+    annotation = kind.model_fields[field].annotation if field in kind.model_fields else None
+    choices = (annotation, *get_args(annotation))
+    if text == "none" and type(None) in choices:
         return None
+    if _INTEGERS.fullmatch(text) and any(get_origin(choice) is tuple for choice in choices):
+        return [int(number) for number in text.split(",")]
     return text
 
 
 def _text(value: Any) -> str:
     if isinstance(value, OverrideSpec):
         return value.text
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float):
         return repr(value).removesuffix(".0")
     if isinstance(value, tuple):
