@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from moesaic.errors import UnsupportedModel
 from moesaic.hf.forward import forward_context, positions_after
 from moesaic.hf.stock_routing import StockRouter, stock_routers
+from moesaic.hf.threads import GONE
 from moesaic.layer import RoutingContext
 
 # Under these names callers say which tokens are of which modality.
@@ -85,8 +86,10 @@ class Hearing(threading.local):
     def __deepcopy__(self, memo: dict[int, Any]) -> Hearing:
         return Hearing(self._routers, self._listener)
 
-    def before_outer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before_outer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any] = GONE) -> None:
         """Keep what a model around the decoder is given, which may turn ids into embeddings and masks into others."""
+        if kwargs is GONE:
+            return
         for name, value in named_arguments(module, args, kwargs).items():
             if isinstance(value, Tensor) and name in ("input_ids", "attention_mask", *_MODALITIES):
                 self._given.setdefault(name, value)
@@ -94,7 +97,9 @@ class Hearing(threading.local):
     def after_outer(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._given = {}
 
-    def before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any] = GONE) -> None:
+        if kwargs is GONE:
+            return
         named = named_arguments(module, args, kwargs)
         ids_BS, embeddings_BSD = named.get("input_ids"), named.get("inputs_embeds")
         given = ids_BS if ids_BS is not None else embeddings_BSD
@@ -114,8 +119,10 @@ class Hearing(threading.local):
         context.position_T = positions_after(context, given.shape[1], mask, named.get("past_key_values"))
         self.open = context
 
-    def after_router(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if self.open is None or layer in self.open.records:
+    def after_router(
+        self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = GONE
+    ) -> None:
+        if output is GONE or self.open is None or layer in self.open.records:
             return
         x = args[0] if args else kwargs["hidden_states"]
         self.open.commit(layer, self._routers[layer].read(x.reshape(-1, x.shape[-1]), output, self.open))

@@ -19,7 +19,7 @@ from moesaic.errors import UnsupportedOverride
 from moesaic.hf.forward import num_tokens
 from moesaic.hf.stock_listener import Hearing, StockListener, listeners_last, named_arguments
 from moesaic.hf.stock_routing import StockRouter
-from moesaic.hf.threads import Entered, entered_now, for_this_thread
+from moesaic.hf.threads import GONE, Entered, entered_now, for_this_thread
 from moesaic.layer import OverrideFactory, Router, RoutingContext, override_of
 
 
@@ -101,8 +101,8 @@ class _BeforePart(OverrideHook):
     here: _Here
     layer: int | None
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        carried = kwargs.get(self.name)
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any] = GONE) -> Any:
+        carried = None if kwargs is GONE else kwargs.get(self.name)
         if carried is None:
             return None
         if self.layer is not None:
@@ -125,7 +125,9 @@ class RouterHook(OverrideHook):
     hearing: Hearing
     router: StockRouter
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = GONE) -> Any:
+        if output is GONE:
+            return None
         carried = self.here.layers.pop(self.layer, None)
         context = carried.context if carried is not None else None
         if context is None and not self.travels:
@@ -196,8 +198,8 @@ class _Overriding:
             for handle in self._inner:
                 handle.remove()
 
-    def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if self not in for_this_thread(_entered(module)):
+    def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any] = GONE) -> Any:
+        if kwargs is GONE or self not in for_this_thread(_entered(module)):
             return None
         self._hearing.before_decoder(module, args, kwargs)
         context = self._hearing.open

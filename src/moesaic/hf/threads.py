@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from moesaic.errors import UnsupportedOverride
 
 T = TypeVar("T")
+# In the place of what torch leaves out for a hook `with_kwargs` that another thread removes while it is about to be called:
+# that it wants keywords is forgotten first. Such a hook is of an override that has ended, or not of the thread that calls it.
+GONE: Any = object()
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import moesaic
 from moesaic.errors import UnsupportedOverride
+from moesaic.infer.decode.overrides import RoutingSwitch
 
 BOTH = pytest.mark.parametrize("name", ["ours", "mixtral"])
 
@@ -142,3 +143,36 @@ def test_models_can_be_copied() -> None:
     expected = logits(model, "rank=2")
     other: PreTrainedModel = copy.deepcopy(model)
     assert torch.equal(logits(other, "rank=2"), expected)
+
+
+@pytest.mark.parametrize("where", ["model", "decoder layer", "block", "router"])
+def test_an_override_of_another_thread_ends_in_the_middle_of_a_pass(where: str) -> None:
+    """torch then calls its hooks once more, without keywords."""
+    model = model_of("mixtral")
+    expected = logits(model)
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with RoutingSwitch(model).entered():
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+
+    def end(*given: Any) -> None:
+        leave.set()
+        thread.join()
+
+    layer = model.model.layers[0]
+    first = layer.mlp.gate.register_forward_hook(end) if where == "router" else None  # before those of the override
+    thread.start()
+    assert entered.wait(10)
+    if where != "router":
+        module = {"model": model.model, "decoder layer": layer, "block": layer.mlp}[where]
+        first = module.register_forward_pre_hook(end, prepend=True)
+    try:
+        assert torch.equal(logits(model), expected)
+    finally:
+        end()
+        assert first is not None
+        first.remove()
