@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
 
 from moesaic.infer.consistency import Generate
-from moesaic.infer.decode.decodings import DecodingStrategy, SelfContrast
+from moesaic.infer.decode.decodings import ContrastiveDecoding, DecodingStrategy, EarlyExitContrast, SelfContrast
 from moesaic.papers.scmoe_options import MeasureOptions, Routed
 
 GREEDY, ENSEMBLE, DYNAMIC, SEARCH, DOLA, AMATEUR, CONTRAST, DEFAULT, STRONGER = (
@@ -38,6 +40,9 @@ TITLES = {
 }
 
 
+_LAYERS: tuple[Literal["low", "high"], ...] = ("low", "high")
+
+
 @dataclass(frozen=True)
 class Setting:
     """One decoding with its settings.
@@ -66,13 +71,15 @@ def fixed(routed: Routed, options: MeasureOptions) -> tuple[str, float]:
     return "rank=2", 0.3
 
 
-def settings(routed: Routed, options: MeasureOptions, amateur: str | None = None) -> Mapping[str, tuple[Setting, ...]]:
+def settings(
+    routed: Routed, options: MeasureOptions, amateur: PreTrainedModel | str | None = None
+) -> Mapping[str, tuple[Setting, ...]]:
     """Settings to choose from by method; greedy decoding comes first.
 
     Args:
         routed: of the model.
         options: of the measurements.
-        amateur: folder of the second model; None leaves contrastive decoding out.
+        amateur: the second model or its folder; None leaves contrastive decoding out.
     """
 
     def contrast(weak: str, beta: float, **more: Any) -> SelfContrast:
@@ -84,6 +91,13 @@ def settings(routed: Routed, options: MeasureOptions, amateur: str | None = None
         GREEDY: (Setting(f"k={routed.picks}"),),
         ENSEMBLE: tuple(Setting(f"k={number}", f"k={number}") for number in routed.numbers(options)),
         DYNAMIC: tuple(Setting(f"threshold {share:g}", f"dynamic={share:g}") for share in options.dynamic),
+        DOLA: tuple(Setting(f"{layers} layers", strategy=EarlyExitContrast(layers=layers)) for layers in _LAYERS),
+        AMATEUR: tuple(
+            Setting(
+                f"beta {strength:g}", strategy=ContrastiveDecoding(amateur=amateur, alpha=options.alpha, beta=strength)
+            )
+            for strength in (options.betas if amateur is not None else ())
+        ),
         CONTRAST: tuple(
             Setting(f"{routing}, beta {strength:g}", strategy=contrast(routing, strength))
             for routing in routed.weak(options)

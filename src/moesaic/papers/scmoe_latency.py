@@ -21,7 +21,7 @@ TWO_PASSES = f"{CONTRAST} in two passes"
 """The slower plan of self-contrast."""
 
 
-def timed(routed: Routed, options: MeasureOptions, amateur: str | None) -> dict[str, Setting]:
+def timed(routed: Routed, options: MeasureOptions, amateur: PreTrainedModel | str | None) -> dict[str, Setting]:
     """One setting of each method: of ensemble and dynamic routing one expert more than trained and a threshold of 0.5, as in the
     paper's table 3, of self-contrast the fixed one, of others the middle of their grid."""
     weak, beta = fixed(routed, options)
@@ -43,7 +43,7 @@ def latencies(
     task: Task,
     routed: Routed,
     options: MeasureOptions,
-    amateur: str | None,
+    amateur: PreTrainedModel | None,
 ) -> dict[str, float]:
     """Time of each decoding, prompt included, for a fixed number of tokens.
 

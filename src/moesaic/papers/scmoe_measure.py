@@ -44,7 +44,8 @@ def measure(trained: Trained) -> dict[str, Measurement]:
         amateur = str(trained.checkpoints[amateur])
     tokenizer = trained.data.tokenizer
     splits = splits_of_run(trained.run.data, options)
-    return _Measuring(trained.model, tokenizer, options, splits, trained.run.train.seed, amateur).all()
+    second = _second(amateur, trained.model)
+    return _Measuring(trained.model, tokenizer, options, splits, trained.run.train.seed, second).all()
 
 
 def measure_given(given: Given) -> dict[str, Measurement]:
@@ -55,7 +56,15 @@ def measure_given(given: Given) -> dict[str, Measurement]:
             "measure.amateur", options.amateur, "is a step of a run, and there is none", "give the folder of a model"
         )
     splits = splits_of_user(options, given.seed)
-    return _Measuring(given.model, given.tokenizer, options, splits, given.seed, options.amateur).all()
+    second = _second(options.amateur, given.model)
+    return _Measuring(given.model, given.tokenizer, options, splits, given.seed, second).all()
+
+
+def _second(folder: str | None, model: PreTrainedModel) -> PreTrainedModel | None:
+    """The amateur, where and as wide as the model."""
+    if folder is None:
+        return None
+    return load_model(folder, dtype=model.dtype).to(model.device).eval()  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class _Measuring:
     options: MeasureOptions
     splits: Splits
     seed: int
-    amateur: str | None
+    amateur: PreTrainedModel | None
 
     def all(self) -> dict[str, Measurement]:
         """Every measurement by name."""
@@ -133,9 +142,8 @@ class _Measuring:
 
     def _distances(self, found: dict[str, Measurement], routed: Routed, greedy: TaskResult) -> None:
         """KL divergence and unchosen experts of weak passes along the strong pass's own answers."""
-        amateur = None if self.amateur is None else load_model(self.amateur).to(self.model.device).eval()  # pyright: ignore[reportArgumentType]
-        if amateur is not None:
-            result = self._evaluate(Setting(""), self.splits.test, amateur)
+        if self.amateur is not None:
+            result = self._evaluate(Setting(""), self.splits.test, self.amateur)
             found["amateur"] = 100 * result.accuracy.value
         weak = tuple(dict.fromkeys((*routed.ranks(self.options), *routed.weak(self.options))))
         measured = distances(
@@ -144,7 +152,7 @@ class _Measuring:
             self._answered(greedy),
             weak,
             batch_size=self.options.batch_size,
-            amateur=amateur,
+            amateur=self.amateur,
         )
         for name, distance in measured.items():
             found |= _of_distance(name, distance)
