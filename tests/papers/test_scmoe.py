@@ -27,7 +27,16 @@ from moesaic.infer.tasks.statistics import mcnemar
 from moesaic.papers import EXPERIMENTS, Reproduction, arms_of, reproduce, write_page
 from moesaic.papers.given import parameters_of
 from moesaic.papers.scmoe import rank_correlation
-from moesaic.papers.scmoe_decodings import CONTRAST, DEFAULT, ENSEMBLE, GREEDY, settings
+from moesaic.papers.scmoe_decodings import (
+    AMATEUR,
+    CONTRAST,
+    DEFAULT,
+    DOLA,
+    ENSEMBLE,
+    GREEDY,
+    SEARCH,
+    settings,
+)
 from moesaic.papers.scmoe_options import MeasureOptions, Routed
 from moesaic.papers.scmoe_page import PAPER_UNCHOSEN
 from moesaic.papers.scmoe_passes import Answered, distances
@@ -97,6 +106,11 @@ def test_everything_is_measured(found: Reproduction):
         assert moe.measurements[name] == fine.measurements[name] == 100, name
     assert moe.measurements["unchosen.rank=1.L0"] == 0  # the same hidden states, and the best expert among the best two
     assert moe.measurements["unchosen.rank=3.L0"] == 100
+    assert moe.measurements["amateur"] == 0
+    assert moe.measurements["kl.amateur"] > 0
+    for name in (DOLA, AMATEUR, SEARCH):
+        assert moe.measurements[f"latency.{name}"] > 0, name
+        assert f"accuracy.{name}" in moe.measurements, name
     assert 0 <= moe.measurements["kl.rank=1"] < math.inf
     assert fine.measurements["kl.k=1"] >= 0
     assert moe.measurements[f"latency.{GREEDY}"] == 1
@@ -124,6 +138,13 @@ def test_the_page_has_all_findings(found: Reproduction, tmp_path: Path):
 def test_finished_results_are_kept_until_options_change(found: Reproduction):
     again = reproduce(EXPERIMENT, "test", found.output, seeds=(0,), jobs=1, progress=False)
     assert again.results[0]["moe"].measurements == found.results[0]["moe"].measurements
+    moe = found.output / "seed-0" / "moe"
+    (moe / "result.json").unlink()
+    [kept_answers] = moe.glob("measured-*")
+    before = {path.name: path.stat().st_size for path in kept_answers.iterdir()}
+    resumed = reproduce(EXPERIMENT, "test", found.output, seeds=(0,), jobs=1, progress=False)
+    assert {path.name: path.stat().st_size for path in kept_answers.iterdir()} == before  # nothing was asked again
+    assert resumed.results[0]["moe"].series == found.results[0]["moe"].series
     path = found.output / "seed-0" / "fine" / "result.json"
     kept = path.read_text(encoding="utf-8")
     changed = [

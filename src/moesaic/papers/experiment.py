@@ -72,6 +72,7 @@ class Trained:
         initial: folder of the model that it started from, for forked arms.
         checkpoints: those on disk, by step: the last one, and those of `train.checkpoint_steps`.
         options: of the measurements, as the size's file has them.
+        folder: for what long measurements keep, so that they go on where they were interrupted; None keeps nothing.
     """
 
     arm: str
@@ -81,6 +82,7 @@ class Trained:
     initial: Path | None = None
     checkpoints: Mapping[int, Path] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)

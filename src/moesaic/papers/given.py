@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -107,6 +108,7 @@ class Given:
         model: in evaluation mode.
         tokenizer: its own.
         options: of the measurements, as the size's file has them.
+        folder: for what long measurements keep, so that they go on where they were interrupted; None keeps nothing.
     """
 
     arm: str
@@ -114,3 +116,4 @@ class Given:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     options: Mapping[str, Any]
+    folder: Path | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from moesaic.errors import ConfigError, TrainingError
 from moesaic.papers.claims import Judgement, Measured, judge
 from moesaic.papers.experiment import Experiment
 from moesaic.papers.progress import Display, display
-from moesaic.papers.result import RESULT_FILE, ArmResult, Task, finished_result, perform
+from moesaic.papers.result import MEASURED, RESULT_FILE, ArmResult, Task, finished_result, perform
 from moesaic.papers.sizes import arms_of
 from moesaic.papers.workers import Workers
 from moesaic.train.signals import StopSignals
@@ -116,6 +117,8 @@ def reproduce(
     if remeasure:
         for task in tasks:
             (task.folder / RESULT_FILE).unlink(missing_ok=True)
+            for kept in task.folder.glob(f"{MEASURED}*"):
+                shutil.rmtree(kept)
     pending = []
     for task in tasks:
         result = finished_result(task)

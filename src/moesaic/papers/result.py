@@ -22,6 +22,7 @@ from moesaic.train.model import select_device
 from moesaic.train.quiet import without_progress_bars
 
 RESULT_FILE = "result.json"
+MEASURED = "measured-"
 _FORMAT = 1
 
 
@@ -117,6 +118,13 @@ class Task:
         given, measure = self.arm.given, self.arm.measure
         decides = self.run.to_dict() if given is None else {"checkpoint": given.to_dict()}
         return {**decides, **({"measure": measure} if measure else {})}
+
+    @property
+    def measured(self) -> Path:
+        """Folder for what measurements keep, named by the model that they are of."""
+        model = {name: value for name, value in self.settings.items() if name != "measure"}
+        digest = hashlib.sha256(json.dumps(model, sort_keys=True, default=str).encode()).hexdigest()[:12]
+        return self.folder / f"{MEASURED}{digest}"
 
     @property
     def steps(self) -> int:
@@ -252,6 +260,7 @@ def _measure(task: Task, run: RunConfig, data: PreparedData, result: TrainResult
         task.initial,
         {int(path.name.removeprefix("step-")): path for path in saved},
         task.arm.measure,
+        task.measured,
     )
     losses = {f"loss.{domain}": found.loss for domain, found in result.validation.items()}
     counted = account(model)
@@ -286,7 +295,7 @@ def _measure_given(task: Task) -> ArmResult:
     assert given is not None, "the arm has a checkpoint"
     assert measure is not None, "Task.check sees to it"
     model, tokenizer = given.load()
-    measured = measure(Given(task.name, task.seed, model, tokenizer, task.arm.measure))
+    measured = measure(Given(task.name, task.seed, model, tokenizer, task.arm.measure, task.measured))
     total, active = parameters_of(model)
     return ArmResult(
         arm=task.name,

@@ -9,7 +9,13 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from moesaic.infer.consistency import Generate
-from moesaic.infer.decode.decodings import ContrastiveDecoding, DecodingStrategy, EarlyExitContrast, SelfContrast
+from moesaic.infer.decode.decodings import (
+    ContrastiveDecoding,
+    ContrastiveSearch,
+    DecodingStrategy,
+    EarlyExitContrast,
+    SelfContrast,
+)
 from moesaic.papers.scmoe_options import MeasureOptions, Routed
 
 GREEDY, ENSEMBLE, DYNAMIC, SEARCH, DOLA, AMATEUR, CONTRAST, DEFAULT, STRONGER = (
@@ -91,6 +97,10 @@ def settings(
         GREEDY: (Setting(f"k={routed.picks}"),),
         ENSEMBLE: tuple(Setting(f"k={number}", f"k={number}") for number in routed.numbers(options)),
         DYNAMIC: tuple(Setting(f"threshold {share:g}", f"dynamic={share:g}") for share in options.dynamic),
+        SEARCH: tuple(
+            Setting(f"penalty {penalty:g}", strategy=ContrastiveSearch(k=options.candidates, penalty=penalty))
+            for penalty in options.penalties
+        ),
         DOLA: tuple(Setting(f"{layers} layers", strategy=EarlyExitContrast(layers=layers)) for layers in _LAYERS),
         AMATEUR: tuple(
             Setting(

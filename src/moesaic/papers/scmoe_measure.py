@@ -6,15 +6,16 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic.errors import ConfigError
-from moesaic.infer.consistency import Generate
 from moesaic.infer.decode.decodings import SelfContrast
 from moesaic.infer.decode.overrides import override_routing
-from moesaic.infer.tasks import Task, TaskResult, compare, evaluate_task
+from moesaic.infer.tasks import ResultsFile, Task, TaskResult, compare, evaluate_task
+from moesaic.infer.tasks.results import digest
 from moesaic.papers.experiment import Measurement, Trained
 from moesaic.papers.given import Given
 from moesaic.papers.scmoe_decodings import CONTRAST, ENSEMBLE, FIXED, GREEDY, Setting, fixed, settings
@@ -45,7 +46,8 @@ def measure(trained: Trained) -> dict[str, Measurement]:
     tokenizer = trained.data.tokenizer
     splits = splits_of_run(trained.run.data, options)
     second = _second(amateur, trained.model)
-    return _Measuring(trained.model, tokenizer, options, splits, trained.run.train.seed, second).all()
+    seed = trained.run.train.seed
+    return _Measuring(trained.model, tokenizer, options, splits, seed, second, trained.folder).all()
 
 
 def measure_given(given: Given) -> dict[str, Measurement]:
@@ -57,7 +59,7 @@ def measure_given(given: Given) -> dict[str, Measurement]:
         )
     splits = splits_of_user(options, given.seed)
     second = _second(options.amateur, given.model)
-    return _Measuring(given.model, given.tokenizer, options, splits, given.seed, second).all()
+    return _Measuring(given.model, given.tokenizer, options, splits, given.seed, second, given.folder).all()
 
 
 def _second(folder: str | None, model: PreTrainedModel) -> PreTrainedModel | None:
@@ -75,6 +77,7 @@ class _Measuring:
     splits: Splits
     seed: int
     amateur: PreTrainedModel | None
+    folder: Path | None
 
     def all(self) -> dict[str, Measurement]:
         """Every measurement by name."""
@@ -92,19 +95,34 @@ class _Measuring:
 
     def _evaluate(self, setting: Setting, task: Task, model: PreTrainedModel | None = None) -> TaskResult:
         with _routing(self.model if model is None else model, setting.override):
-            return self._run(setting.generate(), task, model)
+            return self._run(setting, task, model=model)
 
     def _run(
-        self, decoding: Generate, task: Task, model: PreTrainedModel | None = None, samples: int = 1
+        self, setting: Setting, task: Task, *, samples: int = 1, model: PreTrainedModel | None = None, **sampling: Any
     ) -> TaskResult:
+        """Answers with a setting, in the routing that the model has now; those of an earlier call are not made again."""
+        identity = {
+            "items": {name: item.fingerprint for name, item in task.items.items()},
+            "model": "amateur" if model is not None else "",
+            "override": setting.override,
+            "strategy": None if setting.strategy is None else setting.strategy.to_dict(),
+            "sampling": sampling,
+            "samples": samples,
+            "seed": self.seed,
+            "batch_size": self.options.batch_size,
+        }
+        results = None
+        if self.folder is not None:
+            results = ResultsFile(self.folder / f"{task.name}-{digest(identity)}.jsonl", identity)
         return evaluate_task(
             self.model if model is None else model,
             self.tokenizer,
             task,
-            decoding=decoding,
+            decoding=setting.generate(**sampling),
             samples=samples,
             batch_size=self.options.batch_size,
             seed=self.seed,
+            results=results,
         )
 
     def _methods(
@@ -193,13 +211,10 @@ class _Measuring:
         """Majority votes over samples that are drawn plainly and with self-contrast; more samples add to fewer."""
         items = dict(list(self.splits.test.items.items())[: self.options.voted])
         task, off = Task("test", items), {"top_k": 0, "top_p": 1.0}
-        ways = {
-            PLAIN: Setting("").generate(do_sample=True, temperature=self.options.temperature, **off),
-            CONTRASTED: chosen.generate(do_sample=True, temperature=1.0, **off),
-        }
-        for way, decoding in ways.items():
+        ways = {PLAIN: (Setting(""), self.options.temperature), CONTRASTED: (chosen, 1.0)}
+        for way, (setting, temperature) in ways.items():
             for votes in self.options.votes:
-                result = self._run(decoding, task, samples=votes)
+                result = self._run(setting, task, samples=votes, do_sample=True, temperature=temperature, **off)
                 found[f"majority.{way}.{votes}"] = 100 * result.accuracy.value
         found["voted_items"] = len(items)
 
