@@ -18,6 +18,7 @@ from moesaic.catalog.taxonomy import (
     mechanisms,
 )
 from moesaic.errors import ConfigError
+from moesaic.infer.decode.decodings import DecodingStrategy
 from moesaic.layer import MoESpec, RouterConfig
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +68,13 @@ SURVEY = {
     "application/multimodal": "limoe shen pace mocle moe-llava uni-moe mm1 llava-mole",
 }
 
+# What models do when they decode, which the survey's tree has no branch for.
+DECODING = {
+    "decoding/routing": "routing-override ensemble-routing dynamic-routing",
+    "decoding/contrast": "scmoe-contrast contrastive-decoding dola contrastive-search",
+    "decoding/samples": "self-consistency best-of-n",
+}
+
 # Names that two systems share, which must not become one entry.
 COLLISIONS = [
     ("moa-heads", "2210.05144"),
@@ -90,10 +98,23 @@ def test_every_leaf_of_the_survey_has_an_entry(branch: str) -> None:
     assert set(SURVEY[branch].split()) - found == set()
 
 
+@pytest.mark.parametrize("branch", DECODING)
+def test_every_leaf_of_decoding_is_what_there_is(branch: str) -> None:
+    assert {entry.name for entry in mechanisms(branch)} == set(DECODING[branch].split())
+
+
+def test_every_decoding_of_the_library_is_in_the_tree() -> None:
+    files = {file for entry in mechanisms("decoding") for file in entry.files}
+    room = "moesaic.infer.decode.decodings."
+    modules = {kind.__module__ for kind in DecodingStrategy.__subclasses__() if kind.__module__.startswith(room)}
+    assert len(modules) >= 3
+    assert {f"{module.replace('.', '/')}.py".removeprefix("moesaic/") for module in modules} <= files
+
+
 def test_every_branch_has_a_leaf_and_every_leaf_a_branch() -> None:
     known = branches()
     leaves = [path for path in known if not any(other.startswith(f"{path}/") for other in known)]
-    assert set(leaves) == set(SURVEY)
+    assert set(leaves) == {*SURVEY, *DECODING}
     for entry in mechanisms():
         assert {entry.path, *entry.also} <= set(leaves), entry.name
 

@@ -1,6 +1,6 @@
 """The mechanisms of the field as a tree, with what moesaic has of each, and where.
 
-The tree is that of A Survey on Mixture of Experts (arXiv 2407.06204). Entries are data in the folder `taxonomy_data` beside
+The tree is that of A Survey on Mixture of Experts (arXiv 2407.06204), with a branch `decoding` beside it. Entries are data in the folder `taxonomy_data` beside
 this file; names of files in them are relative to `src/moesaic`, names of pages to `docs`.
 """
 
@@ -18,7 +18,7 @@ from moesaic.errors import ConfigError
 from moesaic.layer import MoESpec
 
 _DATA = resources.files("moesaic.catalog") / "taxonomy_data"
-_FILES = ("gating", "experts", "peft", "schemes", "system", "application")
+_FILES = ("gating", "experts", "peft", "schemes", "decoding", "system", "application")
 
 Decision = Literal["implemented", "partly", "configuration", "planned", "missing", "out_of_scope"]
 
@@ -38,7 +38,7 @@ _EXPERTS = {"num_experts": 8, "intermediate_size": 32}
 
 
 class Mechanism(Config):
-    """A system or idea of the survey.
+    """A system or idea, of the survey or from the branch `decoding`.
 
     Attributes:
         name: unique, as the command line takes it.
