@@ -61,6 +61,8 @@ def test_an_amateur_is_a_model_like_any_other(cli: Cli, trained: Path, task: Pat
     assert contrasted["text"] == plain["text"]
     assert contrasted["forward_positions"] == 2 * plain["forward_positions"]
     assert generated(cli, trained, "--decode", "dola")["forward_positions"] == plain["forward_positions"]
+    one = generated(cli, trained, "--decode", "contrastive-search k=1 penalty=0.6")
+    assert one["text"] == plain["text"]
     options = ("--task", task, "-o", tmp_path / "results", "--limit", "3")
     assert evaluated(cli, trained, *options, "--decode", f"contrastive amateur={trained}")["own_tasks"]["sums"]
     missing = cli("generate", trained, *OPTIONS, "--decode", "contrastive amateur=./nowhere")
@@ -150,6 +152,10 @@ def test_eval_names_what_would_not_be_used(cli: Cli, trained: Path, task: Path) 
         (["--task", choices, "--decode", "beam num_beams=2"], f"decode.num_beams = 2 {unused}"),
         (["--task", choices, "--decode", "self-contrast alpha=0.5"], f"decode.alpha = 0.5 {unused}"),
         (["--decode", "greedy"], "--decode = 'greedy' is only for tasks"),
+        (
+            ["--task", texts, "--samples", "3", "--decode", "contrastive-search"],
+            "--samples = 3 of 'contrastive-search' are",
+        ),
         (["--task", texts, "--samples", "3", "--decode", "greedy"], "--samples = 3 of 'greedy' are all equal"),
         (
             ["--task", texts, "--decode", "self-contrast temperature=0.5", "--temperature", "0.6"],

@@ -15,7 +15,7 @@ from moesaic.infer.decode import ContrastiveDecoding, DecodingSpec, fast_decodin
 
 HELP = (
     "How to decode: greedy, 'sample temperature=0.7', 'beam num_beams=4', self-contrast, 'self-contrast beta=0.5 weak=rank=3', "
-    "'contrastive amateur=FOLDER', dola, with override=k=4 for another routing; or a YAML file (docs: Decodings). Options beside it fill in what it leaves open."
+    "'contrastive amateur=FOLDER', dola, contrastive-search, with override=k=4 for another routing; or a YAML file (docs: Decodings). Options beside it fill in what it leaves open."
 )
 _SAMPLING_TEMPERATURE = 0.7
 

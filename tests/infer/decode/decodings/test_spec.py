@@ -17,6 +17,7 @@ from moesaic.errors import ConfigError
 from moesaic.infer.consistency import Sampler
 from moesaic.infer.decode import (
     ContrastiveDecoding,
+    ContrastiveSearch,
     DecodingSpec,
     EarlyExitContrast,
     OverrideSpec,
@@ -41,6 +42,7 @@ TEXTS = {
     "contrastive 'amateur=a folder' num_beams=2": DecodingSpec(
         strategy=ContrastiveDecoding(amateur="a folder"), num_beams=2
     ),
+    "contrastive-search k=4 penalty=0.5": DecodingSpec(strategy=ContrastiveSearch(k=4, penalty=0.5)),
     "dola": DecodingSpec(strategy=EarlyExitContrast()),
     "dola layers=high normalise=true": DecodingSpec(strategy=EarlyExitContrast(layers="high", normalise=True)),
     "dola layers=0,2 temperature=0.5": DecodingSpec(strategy=EarlyExitContrast(layers=(0, 2)), temperature=0.5),
@@ -157,6 +159,8 @@ def test_options_fill_what_is_left_open() -> None:
         ("self-contrast preset=prose", "decode.preset = 'prose' is not a preset; choose one of reasoning, code"),
         ("self-contrast weak=rnk=1", "decode.weak.override = 'rnk=1' has a part that is none"),
         ("self-contrast beta={1,2}", "is a grid, and one decoding is wanted"),
+        ("contrastive-search temperature=1", "decode.temperature = 1.0 does not go with contrastive-search"),
+        ("contrastive-search num_beams=2", "decode.num_beams = 2 does not go with contrastive-search"),
         ("contrastive", "decode.amateur = None is required"),
         ("dola layers=lo", "decode.layers = 'lo' is not one of the choices; choose one of 'low' or 'high'"),
         ("greedy override=k=0", "decode.override.parts.0.k = 0 is not valid"),

@@ -15,6 +15,7 @@ from moesaic.configuration import Config, read_yaml
 from moesaic.errors import ConfigError
 from moesaic.infer.decode.decodings.base import DecodingStrategy
 from moesaic.infer.decode.decodings.contrastive import ContrastiveDecoding
+from moesaic.infer.decode.decodings.contrastive_search import ContrastiveSearch
 from moesaic.infer.decode.decodings.early_exit import EarlyExitContrast
 from moesaic.infer.decode.decodings.self_contrast import SelfContrast
 from moesaic.infer.decode.decodings.text import FIELD, expanded, own_values, text_name, text_of, values_of_text
@@ -23,7 +24,7 @@ from moesaic.infer.decode.overrides import OverrideLike, OverrideSpec, override_
 if TYPE_CHECKING:
     from moesaic.infer.consistency.spec_decoding import SpecDecoding
 
-Strategy = SelfContrast | ContrastiveDecoding | EarlyExitContrast
+Strategy = SelfContrast | ContrastiveDecoding | EarlyExitContrast | ContrastiveSearch
 # What generation configs of models may say about sampling, at values that do nothing.
 _OFF: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0, "eta_cutoff": 0}
 
