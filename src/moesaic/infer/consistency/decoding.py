@@ -78,7 +78,14 @@ class Generate:
     @property
     def repeats(self) -> bool:
         """Whether all samples of a prompt are equal."""
+        if isinstance(self._custom, DecodingStrategy) and not self._custom.samples:
+            return True
         return not self.config.do_sample and (self._custom is None or self._ours)
+
+    @property
+    def has_weak_pass(self) -> bool:
+        """Whether a second pass reads every token too."""
+        return isinstance(self._custom, DecodingStrategy) and self._custom.has_weak_pass
 
     @property
     def _ours(self) -> bool:

@@ -26,12 +26,14 @@ class Usage:
         generated_tokens: emitted, without padding.
         scored_tokens: read again to score samples.
         seconds: wall clock.
+        weak_tokens: read by weak passes of contrasts.
     """
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
     scored_tokens: int = 0
     seconds: float = 0.0
+    weak_tokens: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -39,6 +41,7 @@ class Usage:
             self.generated_tokens + other.generated_tokens,
             self.scored_tokens + other.scored_tokens,
             self.seconds + other.seconds,
+            self.weak_tokens + other.weak_tokens,
         )
 
 
@@ -53,6 +56,7 @@ class Sample:
         prompt_ids: tokens of the prompt.
         ids: tokens generated, with the end-of-sequence token if there is one.
         ended: by what: the end-of-sequence token, a stop text, or the length.
+        weak_tokens: read for it by a weak pass.
     """
 
     prompt: str
@@ -61,6 +65,7 @@ class Sample:
     prompt_ids: tuple[int, ...]
     ids: tuple[int, ...]
     ended: Literal["eos", "stop", "length"]
+    weak_tokens: int = 0
 
 
 class Sampler:
@@ -146,6 +151,7 @@ class Sampler:
             prompt_tokens=sum(len(ids) for _, _, ids in rows),
             generated_tokens=sum(len(sample.ids) for sample in samples),
             seconds=time.perf_counter() - begun,
+            weak_tokens=sum(sample.weak_tokens for sample in samples),
         )
         return samples
 
@@ -160,7 +166,9 @@ class Sampler:
             while new and (new[-1] == self.pad_token_id or (stopped and new[-1] in ends)):
                 new = new[:-1]
         ended = "stop" if stopped else "length" if at is None else "eos"
-        return Sample(prompt, number, text, tuple(prompt_ids), tuple(new), ended)
+        # The last token is emitted and not read.
+        weak = len(prompt_ids) + max(len(new) - 1, 0) if getattr(self.decoding, "has_weak_pass", False) else 0
+        return Sample(prompt, number, text, tuple(prompt_ids), tuple(new), ended, weak)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

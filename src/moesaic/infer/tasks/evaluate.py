@@ -187,4 +187,5 @@ def _usage(row: Row) -> Usage:
         row.get("generated_tokens", 0),
         sum(scored) if isinstance(scored, list) else scored,
         row["seconds"],
+        row.get("weak_tokens", 0),
     )

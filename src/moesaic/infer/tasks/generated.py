@@ -29,7 +29,7 @@ def answer_texts(
     Returns:
         For each item `correct`, `predicted` (None if all abstained), `right`, `shares` of the votes, `abstentions`,
         `samples` (`text`, `answer`, `ended`, `tokens`, and with `weighted` and `best` their `score`),
-        `prompt_tokens`, `generated_tokens` and `scored_tokens`.
+        `prompt_tokens`, `generated_tokens`, `scored_tokens` and `weak_tokens`.
     """
     prompts, scored = [item.prompt for item in items], rule != "majority" and samples > 1
     extractors = [item.extractor for item in items]
@@ -76,4 +76,5 @@ def _row(
         "prompt_tokens": sum(len(sample.prompt_ids) for sample in samples),
         "generated_tokens": generated,
         "scored_tokens": generated if scores is not None else 0,
+        "weak_tokens": sum(sample.weak_tokens for sample in samples),
     }

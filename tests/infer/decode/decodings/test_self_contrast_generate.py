@@ -265,6 +265,8 @@ def test_samples_by_seed_in_any_company() -> None:
     cold = drawn(12, wanted, temperature=1e-4)
     greedy = Sampler(model, tokenizer, Generate(custom_generate=decoding), max_new_tokens=6)
     assert cold == [sample.ids for sample in greedy.draw(wanted)]
+    assert greedy.usage.generated_tokens == sum(len(ids) for ids in cold)
+    assert greedy.usage.weak_tokens == greedy.usage.prompt_tokens + sum(len(ids) - 1 for ids in cold)
     assert greedy.decoding.repeats  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="all equal"):
         self_consistency(greedy, ["1+1="], last_number(), samples=3)

@@ -37,6 +37,8 @@ class DecodingStrategy(Config, ABC):
     """Whether several beams do."""
     alias: ClassVar[str | None] = None
     """What it is called in texts, beside its type."""
+    has_weak_pass: ClassVar[bool] = False
+    """Whether a second pass reads every token too."""
     unscored: ClassVar[Sequence[str]] = ()
     """Fields that `logits` has no use for."""
 

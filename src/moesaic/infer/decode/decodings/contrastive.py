@@ -44,6 +44,7 @@ class ContrastiveDecoding(DecodingStrategy):
     """
 
     unscored: ClassVar = ("alpha",)
+    has_weak_pass: ClassVar = True
 
     type: Literal["contrastive"] = "contrastive"
     amateur: Any

@@ -55,6 +55,7 @@ class SelfContrast(DecodingStrategy):
         weak_temperature: weak logits are divided by it.
     """
 
+    has_weak_pass: ClassVar = True
     presets: ClassVar = {"reasoning": {"beta": 0.5}, "code": {"beta": 0.1}}
     unscored: ClassVar = ("alpha", "eos_ban")
 
