@@ -148,3 +148,14 @@ def test_what_it_can_not_do_is_named(models):
     t5 = T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     with pytest.raises(UnsupportedModel, match="T5ForConditionalGeneration is no decoder"):
         decode(T5ForConditionalGeneration(t5), decoder_start_token_id=0)
+
+
+def test_routing_to_as_many_experts_as_trained_is_bit_identical(models):
+    ids, mask = padded()
+    options = {**GREEDY, "attention_mask": mask, "return_dict_in_generate": True, "output_logits": True}
+    for name in ("mixtral", "own"):
+        plain = models[name].generate(ids, **options)
+        with override_routing(models[name], "k=2"):
+            ensemble = models[name].generate(ids, **options)
+        assert torch.equal(ensemble.sequences, plain.sequences)
+        assert torch.equal(torch.stack(ensemble.logits), torch.stack(plain.logits))
