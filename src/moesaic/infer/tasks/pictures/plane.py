@@ -29,7 +29,9 @@ def draw_plane(sweep: Sweep, grid: Grid, figure: Any, axis: Axis) -> None:
         for value, point in line.points.items():
             cells[row, columns.index(value)] = point
             gain_RC[row, columns.index(value)] = 100 * (point.accuracy.value - first.accuracy.value)
-    reach = max(float(np.nanmax(np.abs(gain_RC))), 1.0)
+    # What is within the interval of the first decoding stays pale.
+    noise = 50 * (first.accuracy.high - first.accuracy.low)
+    reach = max(float(np.nanmax(np.abs(gain_RC))), noise)
     colours = LinearSegmentedColormap.from_list("gain", DIVERGING).with_extremes(bad=EMPTY)
     axes = figure.subplots()
     image = axes.imshow(gain_RC, cmap=colours, vmin=-reach, vmax=reach, aspect="auto")
