@@ -62,6 +62,8 @@ def _decodings(found: Reproduction) -> str:
         first, *_ = results(found, arm)
         for method, grid in grids(first).items():
             name = f"accuracy.{method}"
+            if len(values(found, arm, name)) < len(found.seeds):
+                continue
             gained, lost = (
                 [round(value) for value in values(found, arm, f"{kind}.{method}")] for kind in ("gained", "lost")
             )
