@@ -220,11 +220,10 @@ def _draw_experts(figure: Any, found: Reproduction) -> None:
     for axis, arm in zip(_axes(figure, len(found.arms)), found.arms, strict=True):
         curves = [result.series["numbers.accuracy"] for result in results(found, arm)]
         numbers = results(found, arm)[0].series["numbers"]
-        axis.plot(
-            numbers, [statistics.fmean(point) for point in zip(*curves, strict=True)], marker=".", color="tab:blue"
-        )
+        mean = [statistics.fmean(point) for point in zip(*curves, strict=True)]
+        axis.plot(numbers, mean, marker=".", color="black", label="mean")
         for seed, curve in zip(found.seeds, curves, strict=True):
-            axis.plot(numbers, curve, color="tab:blue", alpha=0.35, linewidth=0.8, label=f"seed {seed}")
+            axis.plot(numbers, curve, alpha=0.6, linewidth=0.8, label=f"seed {seed}")
         axis.axvline(_routed(results(found, arm)[0]).picks, color="gray", linestyle=":", label="trained")
         axis.set(xlabel="experts of each token", ylabel="accuracy, test split (%)", title=arm)
         axis.legend(frameon=False, fontsize=8)
@@ -243,7 +242,10 @@ def _draw_strengths(figure: Any, found: Reproduction) -> None:
         greedy = [result.series[f"dev.{ENSEMBLE}"][trained] for result in results(found, arm)]
         axis.axhline(statistics.fmean(greedy), color="gray", linestyle=":", label="greedy")
         axis.set(xlabel="beta", ylabel="accuracy, development split (%)", title=f"{arm}: weak passes")
-        axis.legend(frameon=False, fontsize=7, ncols=2)
+        axis.set_xticks(options.betas)
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high + 0.35 * (high - low))  # room for the names
+        axis.legend(frameon=False, fontsize=7, ncols=3, loc="upper right")
 
 
 def _draw_passes(figure: Any, found: Reproduction) -> None:
@@ -269,11 +271,14 @@ def _draw_passes(figure: Any, found: Reproduction) -> None:
 
 
 def panel(axes: Any, seeds: list[Measured]) -> None:
-    """Accuracy over time of every decoding of the control arm."""
+    """What every decoding of the control arm gains over time that it takes; small points are seeds."""
     for method, title in TITLES.items():
         timed_as = CONTRAST if method == DEFAULT else method
         points = [
-            (seed["moe"][f"latency.{timed_as}"], seed["moe"][f"accuracy.{method}"])
+            (
+                seed["moe"][f"latency.{timed_as}"],
+                seed["moe"][f"accuracy.{method}"] - seed["moe"][f"accuracy.{GREEDY}"],
+            )
             for seed in seeds
             if f"latency.{timed_as}" in seed["moe"] and f"accuracy.{method}" in seed["moe"]
         ]
@@ -281,8 +286,11 @@ def panel(axes: Any, seeds: list[Measured]) -> None:
             x, y = (statistics.fmean(values) for values in zip(*points, strict=True))
             [line] = axes.plot(x, y, marker="o", linestyle="", markersize=6, label=title)
             axes.plot(*zip(*points, strict=True), marker=".", linestyle="", color=line.get_color(), alpha=0.4)
-    axes.set(xlabel="time / greedy", ylabel="accuracy, test split (%)", title="Accuracy over cost, 8 experts")
-    axes.legend(frameon=False, fontsize=6)
+    axes.axhline(0, color="gray", linestyle=":")
+    axes.set(xlabel="time / greedy", ylabel="accuracy - greedy's, test split (points)", title="Accuracy over cost")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.6 * (high - low))  # room for the names
+    axes.legend(frameon=False, fontsize=6, loc="upper left")
 
 
 SECTIONS = (
