@@ -12,7 +12,7 @@ import yaml
 from tests.cli.conftest import Cli
 from tests.infer.consistency.text_models import character_tokenizer, text_model
 
-from moesaic.infer.consistency import Sampler
+from moesaic.infer.consistency import Sampler, SpecDecoding
 from moesaic.infer.decode import DecodingSpec, override_routing
 
 
@@ -107,7 +107,7 @@ def test_texts_are_those_of_the_decoding(model: Any, text: str) -> None:
     given = {"until": ["5"], "max_gen_toks": 6, "do_sample": True, "temperature": 3.0, "top_k": 2, "num_beams": 2}
     requests = [request("generate_until", prompt, given) for prompt in [*PROMPTS, PROMPTS[0]]]
     found = language_model(model, text).generate_until(requests, disable_tqdm=True)
-    decoding = DecodingSpec.of(text).decoding()
+    decoding = SpecDecoding(DecodingSpec.of(text))
     sampler = Sampler(model, TOKENIZER, decoding, max_new_tokens=6, stop=["5"], batch_size=4, seed=5)
     numbered = [(prompt, 0) for prompt in PROMPTS] + [(PROMPTS[0], 1)]
     assert found == [sample.text for sample in sampler.draw(numbered)]

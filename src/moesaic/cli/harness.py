@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from moesaic.errors import ConfigError
-from moesaic.infer.consistency import PromptBatch, row_seed
+from moesaic.infer.consistency import PromptBatch, SpecDecoding, row_seed
 from moesaic.infer.consistency.stop import StopText
 from moesaic.infer.decode import DecodingSpec
 
@@ -104,7 +104,7 @@ class DecodingLM(cast(Any, HFLM)):
         self, context: Tensor, max_length: int, stop: list[str], *, attention_mask: Tensor, **options: Any
     ) -> Tensor:
         length, stops = context.shape[1], [text for text in stop if text]
-        decoding = self._spec.decoding(**{name: value for name, value in options.items() if name not in _DRAWING})
+        decoding = SpecDecoding(self._spec, **{name: value for name, value in options.items() if name not in _DRAWING})
         batch = PromptBatch(
             context,
             attention_mask,

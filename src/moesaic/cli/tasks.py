@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moesaic.cli.console import errors, results
 from moesaic.cli.decodings import HELP, fast_decoding_of
 from moesaic.errors import ConfigError
-from moesaic.infer.consistency import Generate
+from moesaic.infer.consistency import Generate, SpecDecoding
 from moesaic.infer.decode import DecodingSpec
 from moesaic.infer.tasks import (
     ChoiceItem,
@@ -129,7 +129,7 @@ class TaskOptions:
     @property
     def decoding(self) -> Generate:
         """What answers are generated with."""
-        return Generate(**self.sampling) if self.spec is None else self.spec.decoding()
+        return Generate(**self.sampling) if self.spec is None else SpecDecoding(self.spec)
 
     @property
     def sampling(self) -> dict[str, Any]:

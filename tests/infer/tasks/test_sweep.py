@@ -11,7 +11,7 @@ import pytest
 from tests.infer.consistency.text_models import character_tokenizer, text_model
 
 from moesaic.errors import ConfigError, DataError
-from moesaic.infer.consistency import Generate, Sampler
+from moesaic.infer.consistency import Generate, Sampler, SpecDecoding
 from moesaic.infer.consistency.sample import Usage
 from moesaic.infer.decode import DecodingSpec
 from moesaic.infer.tasks import (
@@ -68,7 +68,7 @@ def test_every_decoding_does_as_it_does_alone(name: str) -> None:
     first = found.points[0]
     assert (first.accuracy.correct, first.compared) == (4, None)
     for point in found.points[1:]:
-        alone = evaluate_task(model, TOKENIZER, task, decoding=point.decoding.decoding())
+        alone = evaluate_task(model, TOKENIZER, task, decoding=SpecDecoding(point.decoding))
         assert point.tasks["echoes"].correct == alone.correct
         assert point.compared == compare(alone.correct, first.tasks["echoes"].correct)
         assert point.compared is not None

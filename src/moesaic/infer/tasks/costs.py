@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from moesaic.errors import ConfigError
 from moesaic.infer.consistency.decoding import PromptBatch
 from moesaic.infer.consistency.sample import check_inputs, encode
+from moesaic.infer.consistency.spec_decoding import SpecDecoding
 from moesaic.infer.decode import DecodingSpec, Work, count_work
 from moesaic.infer.decode.row_sampler import row_seed
 
@@ -186,7 +187,7 @@ class _Run:
         training = self._model.training
         self._model.eval()
         try:
-            spec.decoding(min_new_tokens=self._tokens)(self._model, batch)
+            SpecDecoding(spec, min_new_tokens=self._tokens)(self._model, batch)
         finally:
             self._model.train(training)
         (start, begun, before), (end, ended, after) = watch.readings[0], watch.readings[-1]

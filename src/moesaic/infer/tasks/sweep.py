@@ -12,6 +12,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic.errors import ConfigError
+from moesaic.infer.consistency import SpecDecoding
 from moesaic.infer.decode import DecodingLike, DecodingSpec
 from moesaic.infer.tasks.costs import USUAL_COST, Cost, CostSettings, measure_costs, runs_of
 from moesaic.infer.tasks.evaluate import TaskResult, evaluate_task
@@ -176,7 +177,7 @@ def sweep(
     identity = {"model": model.name_or_path} if run is None else dict(run)
     found: list[dict[str, TaskResult]] = []
     for spec in specs:
-        decoding = spec.decoding()
+        decoding = SpecDecoding(spec)
         asked = 1 if decoding.repeats else samples
         settings = {"samples": asked, "vote": vote if asked > 1 else "", "seed": 0 if decoding.repeats else seed}
         file = None if folder is None else _file(Path(folder), spec, {**identity, **settings})

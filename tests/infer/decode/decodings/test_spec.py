@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 import moesaic
 from moesaic.errors import ConfigError
-from moesaic.infer.consistency import Sampler
+from moesaic.infer.consistency import Sampler, SpecDecoding
 from moesaic.infer.decode import (
     ContrastiveDecoding,
     ContrastiveSearch,
@@ -267,7 +267,7 @@ def drawn(model: Any) -> Any:
 
     def draw(text: str, prompts: list[str], batch_size: int) -> list[tuple[int, ...]]:
         sampler = Sampler(
-            model, tokenizer, DecodingSpec.of(text).decoding(), max_new_tokens=8, batch_size=batch_size, seed=3
+            model, tokenizer, SpecDecoding(DecodingSpec.of(text)), max_new_tokens=8, batch_size=batch_size, seed=3
         )
         return [sample.ids for sample in sampler.draw([(prompt, number) for prompt in prompts for number in (0, 1)])]
 
@@ -290,8 +290,8 @@ def test_decodings_for_votes_have_strategy_and_routing(model: Any, drawn: Any) -
     )
     assert plain[0] == plain[1]
     assert len({tuple(plain), tuple(contrasted), tuple(routed)}) == 3
-    assert DecodingSpec.of("self-contrast").decoding().repeats
-    assert not DecodingSpec.of("self-contrast temperature=0.5").decoding().repeats
+    assert SpecDecoding(DecodingSpec.of("self-contrast")).repeats
+    assert not SpecDecoding(DecodingSpec.of("self-contrast temperature=0.5")).repeats
 
 
 @pytest.mark.parametrize(

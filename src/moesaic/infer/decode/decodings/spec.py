@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self, cast, get_args
+from typing import Annotated, Any, Self, cast, get_args
 
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
@@ -20,9 +20,6 @@ from moesaic.infer.decode.decodings.early_exit import EarlyExitContrast
 from moesaic.infer.decode.decodings.self_contrast import SelfContrast
 from moesaic.infer.decode.decodings.text import FIELD, expanded, own_values, text_name, text_of, values_of_text
 from moesaic.infer.decode.overrides import OverrideLike, OverrideSpec, override_routing
-
-if TYPE_CHECKING:
-    from moesaic.infer.consistency.spec_decoding import SpecDecoding
 
 Strategy = SelfContrast | ContrastiveDecoding | EarlyExitContrast | ContrastiveSearch
 # What generation configs of models may say about sampling, at values that do nothing.
@@ -231,18 +228,6 @@ class DecodingSpec(Config):
             if self.strategy is not None:
                 return self.strategy.generate(model, inputs, **given)
             return cast(Any, model).generate(inputs, **given)
-
-    def decoding(self, **options: Any) -> SpecDecoding:
-        """What `Sampler`, votes and evaluations of tasks decode with.
-
-        Rows draw from random numbers of their own, but for beams that sample; see `Generate`.
-
-        Args:
-            **options: further fields of `GenerationConfig`.
-        """
-        from moesaic.infer.consistency.spec_decoding import SpecDecoding  # it stands above decodings
-
-        return SpecDecoding(self, **options)
 
 
 DecodingLike = DecodingSpec | DecodingStrategy | Mapping[str, Any] | str | Path
