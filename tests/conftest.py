@@ -8,8 +8,12 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
 
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+# How long an example takes says how busy the machine is.
+settings.register_profile("any_machine", deadline=None)
+settings.load_profile("any_machine")
 if not torch.cuda.is_available():
     # Triton kernels run in its interpreter, which must be known before anybody imports Triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")

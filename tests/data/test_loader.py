@@ -34,7 +34,7 @@ def test_an_epoch_takes_each_sequence_once_and_the_next_has_another_order():
     assert first != second
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 17), st.sampled_from([1, 2, 4]))
 def test_resumes_exactly_at_any_step_with_any_number_of_shards(step: int, num_shards: int):
     loader = batches()

@@ -51,7 +51,7 @@ def test_seeds_decide_the_order():
     assert take(batches(), 9) != take(batches(seed=4), 9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 17), st.sampled_from([1, 2, 4]))
 def test_resumes_exactly_at_any_batch_with_any_number_of_shards(taken: int, num_shards: int):
     loader = batches()

@@ -13,7 +13,7 @@ from moesaic.errors import DataError
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths, st.integers(2, 8))
 def test_every_token_is_in_exactly_one_sequence(lengths: list[int], sequence_length: int):
     store = store_of(numbered_documents(lengths))
@@ -31,7 +31,7 @@ def test_every_token_is_in_exactly_one_sequence(lengths: list[int], sequence_len
         assert training.batch(range(len(training)))["input_ids"].flatten().tolist() == list(range(full))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths, st.integers(2, 8))
 def test_boundaries_are_known(lengths: list[int], sequence_length: int):
     store = store_of(numbered_documents(lengths), [number % 3 for number in range(len(lengths))])
@@ -125,7 +125,7 @@ def test_isolation_needs_the_cache_off():
     assert (isolated - leaking).abs().max() > 1e-3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 2)), min_size=1, max_size=12), st.integers(2, 8))
 def test_domains_as_tasks_cut_each_domain_by_itself(documents: list[tuple[int, int]], sequence_length: int):
     lengths, domains = map(list, zip(*documents, strict=True))

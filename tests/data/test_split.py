@@ -1,4 +1,4 @@
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.data import Document
@@ -9,13 +9,11 @@ def held_out(texts: list[str], fraction: float) -> set[str]:
     return {text for text in texts if is_validation(Document(text, "text", ""), fraction)}
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(), max_size=30), st.lists(st.text(), max_size=30), st.floats(0.05, 0.95))
 def test_adding_documents_moves_none(texts: list[str], added: list[str], fraction: float):
     assert held_out(texts + added, fraction) & set(texts) == held_out(texts, fraction)
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(), max_size=30), st.floats(0, 1), st.floats(0, 1))
 def test_a_larger_fraction_keeps_what_was_held_out(texts: list[str], one: float, other: float):
     smaller, larger = sorted((one, other))

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -11,7 +11,6 @@ from moesaic.data.tokenizer import encode, tokenizer_hash, vocabulary_limit
 from moesaic.errors import DataError
 
 
-@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_round_trips(tokenizer: PreTrainedTokenizerFast, text: str):
     assert tokenizer.decode(encode(tokenizer, [text])[0]) == text

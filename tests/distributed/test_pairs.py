@@ -26,7 +26,7 @@ def picked(draw: st.DrawFn) -> tuple[Tensor, int, int]:
     return torch.tensor(draw(picks), dtype=torch.int64).view(tokens, top_k), size * share, size
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(picked())
 def test_each_pair_once(case: tuple[Tensor, int, int]) -> None:
     index_TK, experts, size = case

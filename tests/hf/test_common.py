@@ -111,6 +111,13 @@ def test_outputs(model: MoesaicForCausalLM) -> None:
 
 
 @torch.no_grad()
+def test_families_in_one_process_keep_their_hidden_states() -> None:
+    models = [tiny_model(family) for family in ("llama", "qwen3")]
+    for model in models:
+        assert len(model(token_ids(), output_hidden_states=True).hidden_states) == 4
+
+
+@torch.no_grad()
 def test_outputs_can_be_the_default_of_the_config(llama: MoesaicForCausalLM) -> None:
     model = copy_of(llama)
     model.config.output_router_logits = True

@@ -315,7 +315,7 @@ def plain(routing: Routing, config: CapacityConfig, context: RoutingContext, tra
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("renormalize", [True, False], ids=["renormalised", "left"])
 @pytest.mark.parametrize(("policy", "scope", "order"), list(itertools.product(POLICIES, SCOPES, ORDERS)))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(case=records(), factor=st.sampled_from([0.25, 0.5, 1.0, 1.5]), minimum=st.integers(0, 2))
 def test_equals_one_pick_after_the_other(
     policy: str,
@@ -357,7 +357,7 @@ def test_equals_one_pick_after_the_other(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(case=records(), factor=st.sampled_from([0.25, 0.5, 1.0, 1.5]))
 def test_an_expert_keeps_the_smaller_of_its_slots_and_its_picks(
     policy: str, case: tuple[Routing, RoutingContext], factor: float
@@ -375,7 +375,7 @@ def test_an_expert_keeps_the_smaller_of_its_slots_and_its_picks(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(case=records())
 def test_places_in_a_queue_are_unique_and_contiguous(policy: str, case: tuple[Routing, RoutingContext]) -> None:
     routing, context = case

@@ -131,7 +131,9 @@ class _BackboneMixin:
 def _class_with_experts(stock: type[PreTrainedModel], parts: int) -> type[PreTrainedModel]:
     """The stock base model class extended by the mixin; its name selects the checkpoint names of its experts."""
     name = next(name for name, packed in BACKBONES.items() if len(packed) == parts)
-    return type(name, (_BackboneMixin, stock), {"__module__": __name__, "config_class": stock.config_class})
+    # transformers keeps what a class can record under its module and qualified name.
+    names = {"__module__": __name__, "__qualname__": f"{name}[{stock.__name__}]"}
+    return type(name, (_BackboneMixin, stock), {**names, "config_class": stock.config_class})
 
 
 def build_backbone(config: PreTrainedConfig, owner: PreTrainedConfig, spec: MoESpec) -> PreTrainedModel:

@@ -68,7 +68,7 @@ def test_causal_lm_leaves_batches_alone(tokenizer: PreTrainedTokenizerFast) -> N
 
 
 @given(step=st.integers(0, 1000), first_row=st.integers(0, 50))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_rows_hold_a_stretch_of_the_text_once(tokenizer: PreTrainedTokenizerFast, step: int, first_row: int) -> None:
     batch, marks = packed(), special(tokenizer)
     modes = dict(zip(tokenizer.convert_tokens_to_ids(["[NLU]", "[NLG]", "[S2S]"]), ("NLU", "NLG", "S2S"), strict=True))

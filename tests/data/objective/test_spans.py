@@ -35,7 +35,7 @@ def test_lengths_of_openmoe(noise_density: float, mean_span: float, tokens: int,
     noise_density=st.floats(0.05, 0.9),
     mean_span=st.floats(1, 80),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_inputs_and_targets_fit_the_sequence(sequence_length: int, noise_density: float, mean_span: float) -> None:
     found = fitting(sequence_length, noise_density, mean_span)
     assert found.inputs <= sequence_length // 2 or found.tokens == 2
@@ -49,7 +49,7 @@ def test_inputs_and_targets_fit_the_sequence(sequence_length: int, noise_density
 @given(
     tokens=st.integers(2, 200), noise_density=st.floats(0.02, 0.98), mean_span=st.floats(1, 50), seed=st.integers(0, 9)
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_every_token_is_read_or_predicted_once(tokens: int, noise_density: float, mean_span: float, seed: int) -> None:
     lengths = lengths_of(tokens, noise_density, mean_span)
     noise = noise_mask(lengths, np.random.default_rng(seed))

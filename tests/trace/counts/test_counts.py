@@ -36,7 +36,7 @@ def test_table_r():
 
 
 @given(st.integers(0, 99), st.integers(1, 61), st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_batches_change_nothing(seed: int, batch: int, nulls: bool):
     def make(size: int | None) -> Log:
         return random_log(seed, batch=size, num_null=3 * nulls, drops=True, domains=(0, 1, 1), top_k=3)
@@ -46,7 +46,7 @@ def test_batches_change_nothing(seed: int, batch: int, nulls: bool):
 
 
 @given(st.integers(0, 99))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_counts_of_disjoint_texts_are_added(seed: int):
     lengths, domains = (17, 40, 3, 9), (0, 1, 1, 0)
     whole = random_log(seed, lengths=lengths, domains=domains, drops=True)

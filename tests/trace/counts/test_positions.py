@@ -20,7 +20,7 @@ CAPACITY = {"factor": None, "eval_factor": 0.5, "minimum": 0}
 RANKED = torch.tensor([[0, 1], [2, 3], [0, 1], [1, 2], [2, 0], [0, 3], [1, 0], [1, 0]])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_counts_do_not_depend_on_how_they_come_in(data: st.DataObject) -> None:
     """Any order and any growth give the histogram of all positions with the final width."""

@@ -49,7 +49,7 @@ def numbers(log: Log) -> list[float]:
 
 
 @given(seeds, picks)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_numbers_of_experts_do_not_matter(seed: int, top_k: int):
     log = random_log(seed, top_k=top_k, drops=True, domains=(0, 1, 1))
     new_N = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
@@ -63,7 +63,7 @@ def test_numbers_of_experts_do_not_matter(seed: int, top_k: int):
 
 
 @given(seeds, picks)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_order_of_sequences_does_not_matter(seed: int, top_k: int):
     log = random_log(seed, top_k=top_k, drops=True, domains=(0, 1, 1))
     cuts = [slice(57, 60), slice(0, 17), slice(17, 57)]
@@ -76,7 +76,7 @@ def test_order_of_sequences_does_not_matter(seed: int, top_k: int):
 
 
 @given(seeds, picks, st.sampled_from([0, 2]), st.booleans())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_bounds(seed: int, top_k: int, num_null: int, first: bool):
     layer = count(random_log(seed, top_k=top_k, num_null=num_null, domains=(0, 1, 1))).layer(1)
     bound = deviation_bound(1 if first else top_k, 6 + num_null)
@@ -94,7 +94,7 @@ def test_bounds(seed: int, top_k: int, num_null: int, first: bool):
 
 
 @given(seeds, picks, st.sampled_from([0.3, 0.5, 1.0, 1.5, 3.0]), st.sampled_from(["token_first", "rank_first"]))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_drops_are_what_exceeds_the_capacity(seed: int, top_k: int, factor: float, order):
     """In every sequence: sum over experts of max(0, load - C), whoever is dropped; never more with more slots."""
     lengths = (17, 40, 3)
@@ -129,7 +129,7 @@ def _first(log, tokens: int):
 
 
 @given(seeds)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_first_choices_at_early_places_never_drop_by_rank(seed: int):
     log = random_log(seed, lengths=(40,), layers=(1,))
     capacity = CapacityConfig(factor=0.6, minimum=0, choice_order="rank_first")

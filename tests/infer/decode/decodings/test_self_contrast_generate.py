@@ -241,10 +241,9 @@ def test_other_inputs(plan: Any, name: str) -> None:
     assert model.generate(ids, position_ids=positions, **given)[:, 12:].tolist() == expected
     with torch.inference_mode():
         assert model.generate(ids, **given)[:, 12:].tolist() == expected
-    if name == "qwen3_moe":
-        wide = model.generate(ids, output_hidden_states=True, return_dict_in_generate=True, **given)
-        assert wide.hidden_states[0][-1].shape[:2] == (2, 12)
-        assert wide.hidden_states[3][0].shape[:2] == (2, 1)
+    wide = model.generate(ids, output_hidden_states=True, return_dict_in_generate=True, **given)
+    assert wide.hidden_states[0][-1].shape[:2] == (2, 12)
+    assert wide.hidden_states[3][0].shape[:2] == (2, 1)
 
 
 def test_samples_by_seed_in_any_company() -> None:
